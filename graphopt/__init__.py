@@ -1,0 +1,1 @@
+"""graphopt: edit a live model graph while it serves."""
