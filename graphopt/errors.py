@@ -183,6 +183,37 @@ class ProtocolError(GraphoptError):
     code = "proto.invalid"
 
 
+class StateInUseError(StateError):
+    """Another process holds the state folder."""
+
+    code = "state.in_use"
+
+
+class StateNewerError(StateError):
+    """The state folder was written by a newer program; `graphoptd` exits 65."""
+
+    code = "state.newer"
+
+
+class StateCorruptError(StateError):
+    """Journal or blob bytes are not what was written; `graphoptd` exits 65."""
+
+    code = "state.corrupt"
+
+
+class StateFullError(StateError):
+    """No space for a write; nothing of it was kept, and it may be tried again when there is space."""
+
+    code = "state.full"
+    retryable = True
+
+
+class StateFailedError(StateError):
+    """A sync or commit failed: nothing can be acknowledged any more; the process must exit and recover."""
+
+    code = "state.failed"
+
+
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """A remedy naming the `count` names nearest to `name`, or an empty string when nothing is near."""
     close = get_close_matches(name, list(known), n=count, cutoff=0.4)
