@@ -43,6 +43,17 @@ class DocumentError(GraphoptError):
     code = "document.invalid"
 
 
+class GraphTextError(DocumentError):
+    """The text form of a graph is malformed; `line` and `column` count from 1."""
+
+    code = "document.graph_text"
+
+    def __init__(self, message: str, *, line: int, column: int = 1, remedy: str = "") -> None:
+        super().__init__(message, where=f"line {line}, column {column}", remedy=remedy)
+        self.line = line
+        self.column = column
+
+
 class LimitError(GraphoptError):
     """A bound of `graphopt.limits` was exceeded."""
 
