@@ -373,6 +373,8 @@ def _converted(reader: Reader, hint: Any, bounds: Rule) -> Any:
         return reader.number(low=bounds.low, high=bounds.high)
     if hint is str or hint is Path:
         text = reader.string(chars_max=bounds.chars_max, pattern=bounds.pattern)
+        if hint is Path and reader.value == "":
+            reader.fault("an empty path")
         return Path(text) if hint is Path else text
     if hint is object or hint is Any:
         return reader.raw()
