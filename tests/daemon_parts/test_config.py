@@ -1,7 +1,7 @@
 """The configuration file and the settings say the same; a bad file changes nothing."""
 
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,7 @@ import pytest
 from graphopt.documents import load_yaml
 from graphopt.errors import DocumentError, LimitError
 from graphoptd.config import compare, load, of_models, reload
-from graphoptd.data.settings import DataSettings as PlaneSettings
-from graphoptd.settings import LIVE, RESTART, STATE, DataSettings, ModelSettings, Settings
+from graphoptd.settings import LIVE, RESTART, STATE, ModelSettings, Settings
 
 MANUAL = Path(__file__).parents[2] / "configs" / "graphoptd.yaml"
 
@@ -225,15 +224,6 @@ def test_every_key_says_what_a_reload_does() -> None:
     for section in (*_sections(Settings()), ModelSettings(bundle=Path("x"))):
         for each in fields(section):
             assert each.metadata["reload"] in (LIVE, RESTART, STATE), each.name
-
-
-def test_the_data_section_becomes_the_data_planes_own_settings() -> None:
-    section = DataSettings()
-    values = {each.name: getattr(section, each.name) for each in fields(section)}
-    own = PlaneSettings(**values)
-    # The plane serves no Unix socket by itself; the service does, beside its control socket.
-    assert replace(own, socket_path=None) == PlaneSettings()
-    assert [each.name for each in fields(own)] == list(values)
 
 
 def test_models_on_the_command_line_become_settings(tmp_path: Path) -> None:
