@@ -18,7 +18,8 @@ from graphopt.errors import (
     UnknownNodeError,
     nearest,
 )  # fmt: skip
-from graphopt.graph import HASH_MODULUS, Constant, Graph, Node, Ref, part_digest
+from graphopt.dims import symbols_of
+from graphopt.graph import HASH_MODULUS, Constant, Graph, Node, Ref, Symbol, part_digest
 from graphopt.limits import NAME_CHARS_MAX
 from graphopt.order import GAP, LabelsExhaustedError, place, repair, topological
 from graphopt.types import TensorType
@@ -127,10 +128,19 @@ class Draft:
         self.aliases[alias] = name
         self._touched_aliases.add(alias)
 
-    def add_input(self, name: str, type_: TensorType) -> None:
-        """Adds a model input at the end of the list."""
+    def add_input(
+        self, name: str, type_: TensorType, position: int | None = None, symbols: Iterable[Symbol] = ()
+    ) -> None:
+        """Adds a model input at `position` (None: at the end); `symbols` gives ranges to dims that are new."""
         self._check_free(name)
-        self.inputs[name] = type_
+        items = list(self.inputs.items())
+        items.insert(len(items) if position is None else position, (name, type_))
+        self.inputs = dict(items)
+        self._touched_uses.add(name)
+        known = {symbol.name for symbol in self.symbols}
+        ranges = {symbol.name: symbol for symbol in symbols}
+        wanted = sorted(set().union(*(symbols_of(dim) for dim in type_.shape)) - known)
+        self.symbols = (*self.symbols, *(ranges.get(name, Symbol(name)) for name in wanted))
 
     def drop_input(self, name: str) -> None:
         """Drops a model input that nothing uses any more."""
@@ -170,6 +180,8 @@ class Draft:
         """The graph as edited; checks everything touched. Raises the DeltaError that says what is wrong."""
         self._check_references()
         self._fix_order()
+        used = set().union(*(symbols_of(dim) for type_ in self.inputs.values() for dim in type_.shape))
+        self.symbols = tuple(sorted((s for s in self.symbols if s.name in used), key=lambda s: s.name))
         return Graph(
             self.name, self.nodes.finish(), tuple(self.inputs.items()), self.outputs, self.constants.finish(),
             self.aliases.finish(), self.symbols, self.users.finish(), self.const_users.finish(), self.labels.finish(),

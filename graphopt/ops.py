@@ -6,7 +6,7 @@ shapes that depend on tensor contents (`nonzero`) are refused too: nothing downs
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -41,6 +41,8 @@ _FORBIDDEN = frozenset(
         "empty_strided",
     }
 )
+# Ops torch tags random whose randomness an argument turns off, and the value that does.
+RANDOM_SWITCHES: dict[str, Any] = {"dropout_p": 0.0, "train": False}
 _MEMORY_FORMATS = ("contiguous_format", "channels_last", "channels_last_3d", "preserve_format")
 
 
@@ -64,6 +66,14 @@ class OpSpec:
     name: str
     params: tuple[Param, ...]
     returns: int | None
+
+    def why_random(self, bound: Mapping[str, Any]) -> str:
+        """Why the op is random with these arguments; empty when it is not."""
+        for param in self.params:
+            off = RANDOM_SWITCHES.get(param.name)
+            if off is not None and bound[param.name] != off:
+                return f"{self.name} is random unless {param.name} is {off}"
+        return ""
 
     def param_idx(self, name: str) -> int | None:
         """The position of the parameter called `name`."""
@@ -164,7 +174,7 @@ def _why_forbidden(overload: Any) -> str:
     base = schema.name.split("::")[1]
     if schema.is_mutable or any(argument.is_out for argument in schema.arguments):
         return "it writes into one of its arguments"
-    if torch.Tag.nondeterministic_seeded in tags:
+    if torch.Tag.nondeterministic_seeded in tags and not any(a.name in RANDOM_SWITCHES for a in schema.arguments):
         return "it is random"
     if torch.Tag.dynamic_output_shape in tags or torch.Tag.data_dependent_output in tags:
         return "its output shape depends on tensor contents"
