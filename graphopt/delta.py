@@ -61,8 +61,8 @@ class Rewire:
         """Rewires the uses in `draft`."""
         for ref in (self.source, self.target):
             if ref.id not in draft.nodes and ref.id not in draft.inputs:
-                known = [*draft.nodes, *draft.inputs]
-                raise UnknownNodeError(f"no value {ref}", where=str(ref), remedy=nearest(ref.id, known))
+                remedy = nearest(ref.id, draft.known_values())
+                raise UnknownNodeError(f"no value {ref}", where=str(ref), remedy=remedy)
         draft.rewire(self.source, self.target, self.users)
 
 

@@ -114,12 +114,12 @@ class Draft:
         """Drops the constant and every name tied to it."""
         if name not in self.constants:
             raise UnknownConstantError(
-                f"no constant {name!r}", where=name, remedy=nearest(name, self.constants)
+                f"no constant {name!r}", where=name, remedy=nearest(name, self.known_constants())
             )
         del self.constants[name]
         self._touched_consts.add(name)
-        for alias, target in list(self.aliases.items()):
-            if target == name:
+        for alias, target in self.base.aliases.items():
+            if target == name and alias in self.aliases:
                 del self.aliases[alias]
                 self._touched_aliases.add(alias)
 
@@ -170,9 +170,19 @@ class Draft:
         node: Node | None = self.nodes.get(id)
         if node is None:
             raise UnknownNodeError(
-                f"no node {id!r}", where=id, remedy=nearest(id, [*self.nodes, *self.inputs])
+                f"no node {id!r}", where=id, remedy=nearest(id, self.known_values())
             )
         return node
+
+    def known_values(self) -> list[str]:
+        """The ids of nodes and inputs, for error messages. O(n)."""
+        ids = {**dict.fromkeys(self.base.nodes), **self._touched_nodes}
+        return [*(id for id in ids if id in self.nodes), *self.inputs]
+
+    def known_constants(self) -> list[str]:
+        """The names of constants and their aliases, for error messages. O(n)."""
+        names = {*self.base.constants, *self._touched_consts, *self.base.aliases}
+        return sorted(name for name in names if self.aliases.get(name, name) in self.constants)
 
     # -- finish
 
@@ -301,7 +311,7 @@ class Draft:
                 self._check_value(ref, id)
             for name in node.consts:
                 if self.aliases.get(name, name) not in self.constants:
-                    remedy = nearest(name, self.constants) or "put it in the same delta"
+                    remedy = nearest(name, self.known_constants()) or "put it in the same delta"
                     raise UnknownConstantError(
                         f"{id} uses the constant {name!r}, which does not exist",
                         where=id,
@@ -328,7 +338,7 @@ class Draft:
 
     def _check_value(self, ref: Ref, user: str) -> None:
         if ref.id not in self.nodes and ref.id not in self.inputs:
-            known = [*self.nodes, *self.inputs]
+            known = self.known_values()
             raise UnknownNodeError(
                 f"{user} uses {ref}, which does not exist",
                 where=user,
@@ -389,7 +399,7 @@ class Draft:
         return bool(self.labels[source] >= self.labels[target])
 
     def _by_label(self, fresh: list[str]) -> list[str]:
-        old = [id for id in self.nodes if id in self.base.labels]
+        old = [id for id in self.base.nodes if id in self.nodes and id in self.base.labels]
         return [*sorted(old, key=self.base.order_key), *sorted(set(fresh) - set(old))]
 
     def _relabel(self, order: list[str]) -> None:

@@ -14,7 +14,6 @@ graph, and share structure with those of the graph before it.
     reader     value       the last block that reads a value from outside: after it the value can be let go
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import immutables
@@ -69,6 +68,7 @@ class Update:
     regions_changed: frozenset[str]  # blocks (and CONTEXT) that are new or compute something else
     regions_gone: frozenset[str]
     weights_changed: frozenset[str]  # blocks whose structure is the same and whose constants differ
+    released: frozenset[str]  # other blocks after which other values can be let go
 
 
 def analyse(graph: Graph) -> Facts:
@@ -252,15 +252,27 @@ class _Updater:
         context = self._context_region(facts, counted, taps)
         if context != old.regions.get(CONTEXT):
             self._replace(facts.blocks, regions, readers, CONTEXT, context, recounted, changed, gone)
-        last = self._last_readers(facts, readers, recounted, stale)
+        counted = readers.finish()
+        last, released = self._last_readers(facts, counted, recounted)
         done = Facts(
-            graph, facts.types, facts.traits, facts.live, facts.blocks, facts.homes, regions.finish(), readers.finish(), last
+            graph, facts.types, facts.traits, facts.live, facts.blocks, facts.homes, regions.finish(), counted, last
         )
         weights = {
             home for name in self.change.constants for user in graph.const_users.get(name, _NONE)
             if (home := done.home_of(user))
         }  # fmt: skip
-        return Update(done, self.reran, frozenset(changed), frozenset(gone), frozenset(weights - changed))
+        if self.change.outputs:
+            released |= self._output_readers(done)
+        return Update(
+            done, self.reran, frozenset(changed), frozenset(gone), frozenset(weights - changed),
+            frozenset(b for b in released - changed - weights if b in done.regions),
+        )  # fmt: skip
+
+    def _output_readers(self, facts: Facts) -> set[str]:
+        """The blocks that read a value that is, or was, an output: they may let go of it, or may no longer."""
+        refs = {ref for _, ref in (*self.old.graph.outputs, *self.graph.outputs)}
+        found = {exit_ for ref in refs for exit_ in facts.readers.get(ref, ())}
+        return found | {exit_ for ref in refs if (exit_ := facts.blocks.next.get(ref.id)) is not None}
 
     def _block_region(self, facts: Facts, exit_: str, taps: dict[str, list[Ref]]) -> Region:
         block = facts.blocks.blocks[exit_]
@@ -336,26 +348,24 @@ class _Updater:
             recounted.add(ref)
 
     def _last_readers(
-        self,
-        facts: Facts,
-        readers: "immutables.MapMutation[Ref, immutables.Map[str, int]]",
-        recounted: set[Ref],
-        stale: Iterable[str],
-    ) -> "immutables.Map[Ref, str]":
+        self, facts: Facts, readers: "immutables.Map[Ref, immutables.Map[str, int]]", recounted: set[Ref]
+    ) -> tuple["immutables.Map[Ref, str]", set[str]]:
         last = self.old.last_readers.mutate()
+        moved: set[str] = set()
         blocks, key = facts.blocks.blocks, self.graph.order_key
 
         def position(exit_: str) -> tuple[int, str]:
             return key(blocks[exit_].nodes[0]) if exit_ in blocks else (-1, "")
 
         for ref in sorted(recounted, key=lambda r: (r.id, r.idx)):
-            found = readers.get(ref)
-            if found is None:
-                last.pop(ref, None)
-                continue
-            self.trace("reader", str(ref))
-            last[ref] = max(found, key=position)
-        return last.finish()
+            before = last.pop(ref, None)
+            after = None
+            if ref in readers:
+                self.trace("reader", str(ref))
+                after = last[ref] = max(readers[ref], key=position)
+            if before != after:
+                moved.update(block for block in (before, after) if block is not None)
+        return last.finish(), moved
 
     @staticmethod
     def _const_kind(graph: Graph, name: str) -> object:

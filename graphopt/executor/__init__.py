@@ -1,0 +1,1 @@
+"""Running plans: generated code per block, plans as immutable values, publication by one store."""
