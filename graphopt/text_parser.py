@@ -3,7 +3,7 @@
 Line by line, one regular expression a kind of line and one token loop for arguments, so the time is
 linear in the text. Lines may come in any order behind the header. Where the nodes stand in
 topological order, their order is kept. Every error names line and column. Deliberately absent: type
-inference, and whether arguments fit an op's schema.
+inference.
 """
 
 import re
@@ -13,6 +13,7 @@ import immutables
 
 from graphopt.errors import DeltaError, GraphTextError, nearest
 from graphopt.graph import Arg, Constant, Graph, Node, Ref, Symbol
+from graphopt.nodes import make_node
 from graphopt.order import GAP
 from graphopt.spelling import (
     NAME,
@@ -56,20 +57,23 @@ _FORMS = {
 _NODE_EXAMPLE = "gate = aten.relu.default($pooler)"
 
 
-def parse_graph(text: str, constants: Constants | None = None) -> Graph:
+def parse_graph(text: str, constants: Constants | None = None, *, canonical: bool = False) -> Graph:
     """The graph that `print_graph` wrote, or that a person did. Linear in the text.
 
     Args:
         text: the text form.
         constants: data by digest, as a mapping or a function (None or KeyError: not there).
             Without it constants hold no tensor: enough to read, compare and print, not to run.
+        canonical: check arguments against the op's schema and bring them into canonical form, as
+            `graphopt.nodes.make_node` does, instead of taking them as they are written. For text
+            that a person or a stranger wrote.
 
     Raises:
         GraphTextError: names line, column and what to do; among its causes is everything that a
             delta would be refused for (unknown ops, missing operands, cycles) and data that
             `constants` lacks.
     """
-    return _Parser(text, constants).graph()
+    return _Parser(text, constants, canonical).graph()
 
 
 def parse_graph_type(text: str) -> ValueType:
@@ -85,7 +89,8 @@ def parse_graph_type(text: str) -> ValueType:
 class _Parser:
     """One reading of one text."""
 
-    def __init__(self, text: str, constants: Constants | None) -> None:
+    def __init__(self, text: str, constants: Constants | None, canonical: bool) -> None:
+        self.canonical = canonical
         self.rows = text.split("\n")
         self.row = 0
         self.find = constants.__getitem__ if isinstance(constants, Mapping) else constants
@@ -149,7 +154,10 @@ class _Parser:
             raise self._fault("nothing but a comment may follow", end)
         self._claim("value", id)
         try:
-            self.nodes[id] = Node(id, match[2], args, kwargs)
+            if self.canonical:
+                self.nodes[id] = make_node(id, match[2], args, dict(kwargs))
+            else:
+                self.nodes[id] = Node(id, match[2], args, kwargs)
         except DeltaError as fault:
             raise self._fault(fault.message, match.start(2), fault.remedy) from None
 
