@@ -63,7 +63,7 @@ class LoraAdapter:
         Raises:
             AdapterError: it does not fit; `detail` lists each module or tensor with the reason.
         """
-        targets = Targets(self.settings)
+        targets = Targets(self.settings, f"{self.label}/{CONFIG_FILE}")
         return resolve(
             self.settings, targets, self.factors, self.plain, sites, constants, self.label
         )
@@ -98,7 +98,9 @@ def read_adapter(files: Mapping[str, Source], *, label: str = "adapter") -> Lora
             that has no meaning, or an A without its B.
     """
     settings = parse_config(_read_config(files, label), f"{label}/{CONFIG_FILE}")
-    Targets(settings)  # a bad expression is refused now, not when a model is at hand
+    Targets(
+        settings, f"{label}/{CONFIG_FILE}"
+    )  # a bad expression is refused now, not when a model is at hand
     tensors = _read_weights(files, label)
     factors: dict[str, dict[str, torch.Tensor]] = {}
     embeddings: set[str] = set()

@@ -23,25 +23,29 @@ LINEAR_KINDS = ("linear", "conv1d_transposed")
 class Targets:
     """A config's matching rules, compiled.
 
+    Args:
+        settings: the config.
+        where: how errors name its file.
+
     Raises:
         AdapterError: an expression is invalid or not supported.
     """
 
-    def __init__(self, settings: LoraSettings) -> None:
+    def __init__(self, settings: LoraSettings, where: str) -> None:
         self._settings = settings
-        self._target = _whole(settings.target_modules, "target_modules")
-        self._exclude = _whole(settings.exclude_modules, "exclude_modules")
+        self._target = _whole(settings.target_modules, f"{where}: target_modules")
+        self._exclude = _whole(settings.exclude_modules, f"{where}: exclude_modules")
         self._saved = [
-            NamePattern(r"(^|.*\.)", name, r"($|\..*)", "modules_to_save")
+            NamePattern(r"(^|.*\.)", name, r"($|\..*)", f"{where}: modules_to_save")
             for name in settings.modules_to_save
         ]
-        self._ranks = _endings(settings.rank_pattern, "rank_pattern")
-        self._alphas = _endings(settings.alpha_pattern, "alpha_pattern")
+        self._ranks = _endings(settings.rank_pattern, f"{where}: rank_pattern")
+        self._alphas = _endings(settings.alpha_pattern, f"{where}: alpha_pattern")
         for pattern in settings.layers_pattern:
             if not _PLAIN_NAME.fullmatch(pattern):
                 raise AdapterError(
                     f"{pattern!r} is not a plain name",
-                    where="layers_pattern",
+                    where=f"{where}: layers_pattern",
                     remedy="name the list",
                 )
         self._layer_lists = [
