@@ -56,9 +56,8 @@ def connect(path: Path) -> sqlite3.Connection:
 
 
 def _configure(connection: sqlite3.Connection) -> None:
-    connection.execute(
-        "PRAGMA locking_mode=EXCLUSIVE"
-    )  # before the first access: no shared-memory file
+    # Before the first access: then the index of the log lives in memory, without a shared file.
+    connection.execute("PRAGMA locking_mode=EXCLUSIVE")
     connection.execute("PRAGMA trusted_schema=OFF")
     connection.execute("PRAGMA cell_size_check=ON")
     connection.execute("PRAGMA mmap_size=0")  # a truncated mapped file is a SIGBUS
@@ -99,7 +98,7 @@ def check(connection: sqlite3.Connection, path: Path, *, fresh: bool) -> None:
 
 def rows(connection: sqlite3.Connection, after_seq: int, count_max: int) -> Iterator[Row]:
     """Rows after `after_seq` in order, unverified; all of them for a `count_max` of -1."""
-    yield from connection.execute(_ROWS, (after_seq, count_max))
+    return connection.execute(_ROWS, (after_seq, count_max))
 
 
 def outlines(connection: sqlite3.Connection) -> Iterator[Outline]:
@@ -128,6 +127,8 @@ def reading(path: Path) -> Iterator[None]:
         if name.startswith(_NOT_CONTENT) and name != "SQLITE_IOERR_SHORT_READ":
             raise StateError(f"cannot open or read: {error} ({name})", where=str(path)) from error
         raise _corrupt(path, f"SQLite cannot read it: {error}") from error
+    except UnicodeDecodeError as error:  # an error message that quotes damaged bytes
+        raise _corrupt(path, "SQLite cannot read it: text is damaged") from error
 
 
 def _create(connection: sqlite3.Connection) -> None:

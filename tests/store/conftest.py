@@ -1,0 +1,23 @@
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from graphopt.store import StateFolder
+
+Opener = Callable[[], StateFolder]
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    return tmp_path / "state"
+
+
+@pytest.fixture
+def open_state(state: Path) -> Iterator[Opener]:
+    """Opens the state folder with a clock that counts; what a test leaves open is closed after it."""
+    ticks = itertools.count(1_000)
+    with ExitStack() as stack:
+        yield lambda: stack.enter_context(StateFolder.open(state, wall_ns=lambda: next(ticks)))
