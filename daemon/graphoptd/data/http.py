@@ -1,0 +1,326 @@
+"""uvicorn's HTTP/1.1 protocol with the guards that it lacks: deadlines, caps, and counted connections.
+
+Each connection is in one *phase*. A sweep a few times a second closes those that stay too long in
+one, which costs a request nothing but a timestamp:
+
+    IDLE -first byte-> HEADER -headers complete-> BODY -body complete-> BUSY -answered-> IDLE
+    any -refused-> LINGER -client closed, or time is up-> gone
+
+A refusal half-closes and lingers, reading and dropping what still arrives: closing with unread
+bytes would reset the connection and the client might never see the answer. Not here: TLS, HTTP/2,
+WebSockets.
+
+This subclass relies on uvicorn internals (`cycle`, `flow`, `pipeline`, `parser`);
+`tests/data/test_http.py` covers each.
+"""
+
+import asyncio
+from collections import Counter
+from enum import Enum
+from typing import Any
+
+import httptools
+from uvicorn.config import Config
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.server import ServerState
+
+from graphoptd.data.answers import error_body
+from graphoptd.data.app import CONNECTION_EXTENSION
+from graphoptd.data.settings import DataSettings
+
+_LOCAL_PEER = (
+    "unix"  # all connections of the Unix socket count as one peer, bounded by connections_max alone
+)
+_FRAMING_BYTES_MAX = (
+    1 << 20
+)  # chunk sizes, extensions and trailers, beyond as many bytes as the body itself has
+
+
+class Phase(Enum):
+    """What a connection is waiting for."""
+
+    IDLE = "idle"
+    HEADER = "header"
+    BODY = "body"
+    BUSY = "busy"
+    LINGER = "linger"
+
+
+class Guard:
+    """What all connections of a server share: limits, counts, and the sweep."""
+
+    def __init__(self, settings: DataSettings, loop: asyncio.AbstractEventLoop) -> None:
+        self.settings = settings
+        self.loop = loop
+        self.connections: set[GuardedProtocol] = set()
+        self.by_peer: Counter[str] = Counter()
+        self.refused: Counter[str] = Counter()  # by reason; the service logs it
+        self.emptied: asyncio.Event = asyncio.Event()
+        self.emptied.set()
+        waits_s = (
+            settings.header_deadline_s,
+            settings.body_deadline_s,
+            settings.keep_alive_s,
+            settings.linger_s,
+        )
+        self.sweep_s = min(max(min(waits_s) / 4, 0.02), 1.0)
+
+    def admit(self, connection: "GuardedProtocol") -> str:
+        """Count a new connection; the reason when there are too many."""
+        peer = connection.peer
+        self.connections.add(connection)
+        self.by_peer[peer] += 1
+        self.emptied.clear()
+        if len(self.connections) > self.settings.connections_max:
+            return f"{self.settings.connections_max} connections are open"
+        if peer != _LOCAL_PEER and self.by_peer[peer] > self.settings.connections_per_peer_max:
+            return f"{self.settings.connections_per_peer_max} connections of {peer} are open"
+        return ""
+
+    def forget(self, connection: "GuardedProtocol") -> None:
+        """A connection is gone."""
+        self.connections.discard(connection)
+        self.by_peer[connection.peer] -= 1
+        if not self.by_peer[connection.peer]:
+            del self.by_peer[connection.peer]
+        if not self.connections:
+            self.emptied.set()
+
+    def sweep(self) -> None:
+        """Close every connection that is past its deadline."""
+        now_s = self.loop.time()
+        for connection in list(self.connections):
+            connection.check_deadlines(now_s)
+
+
+class GuardedProtocol(HttpToolsProtocol):
+    """One connection.
+
+    Attributes:
+        on_lost: called once when the connection is lost while a request runs; set by whoever runs
+            it.
+        peer: the client's address, or `unix`.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        guard: Guard,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        super().__init__(config, server_state, {}, loop)
+        self.guard = guard
+        self.peer = _LOCAL_PEER
+        self.on_lost: Any = None
+        self._phase = Phase.IDLE
+        self._since_s = 0.0
+        self._wire_bytes = 0  # received of the current message
+        self._body_bytes = 0  # of these, body
+        self._write_paused_s: float | None = None
+        self._closing_s: float | None = None
+
+    # -- connection
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Count it; refuse it when there are too many."""
+        super().connection_made(transport)
+        self._since_s = self.loop.time()
+        if self.client:
+            self.peer = self.client[0]
+        reason = self.guard.admit(self)
+        if reason:
+            self.refuse(503, reason, "busy")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Withdraw what runs for it."""
+        super().connection_lost(exc)
+        self.guard.forget(self)
+        on_lost, self.on_lost = self.on_lost, None
+        if on_lost is not None:
+            on_lost()
+
+    def pause_writing(self) -> None:
+        """The client reads slower than we answer."""
+        self._write_paused_s = self.loop.time()
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        """It has caught up."""
+        self._write_paused_s = None
+        super().resume_writing()
+
+    def eof_received(self) -> None:
+        """The client sends no more; asyncio closes the connection."""
+
+    def data_received(self, data: bytes) -> None:
+        """Feed the parser, within the caps."""
+        if self._phase is Phase.IDLE:
+            self._enter(Phase.HEADER)
+        elif self._phase is Phase.LINGER:
+            self._wire_bytes += len(data)
+            if self._wire_bytes > 2 * self.guard.settings.body_bytes_max:
+                self.transport.abort()
+            return
+        self._wire_bytes += len(data)
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            # A wish we may ignore (RFC 9110, 7.8). The parser hands over and would read no further.
+            self.refuse(400, "protocol upgrades are not offered", "http.refused")
+        except httptools.HttpParserError as error:
+            self.refuse(400, f"malformed HTTP: {error}", "http.refused")
+        if self._phase is Phase.HEADER and self._wire_bytes > self.guard.settings.header_bytes_max:
+            self._refuse_headers()
+        elif self._phase is Phase.BODY:
+            self._check_framing()
+
+    # -- parser callbacks
+
+    def on_message_begin(self) -> None:
+        """A request begins, maybe behind another one in the same packet."""
+        super().on_message_begin()
+        self._enter(Phase.HEADER)
+        extensions: dict[str, Any] = {CONNECTION_EXTENSION: self}
+        self.scope["extensions"] = extensions
+
+    def on_headers_complete(self) -> None:
+        """Cap the headers, then let the application have the request."""
+        if self._phase is Phase.LINGER:
+            return
+        size = len(self.url) + sum([len(name) + len(value) + 4 for name, value in self.headers])
+        if size > self.guard.settings.header_bytes_max:
+            self._refuse_headers()
+            return
+        self._enter(Phase.BODY)
+        super().on_headers_complete()
+        self.headers = []  # trailers go where nobody reads them
+
+    def on_body(self, body: bytes) -> None:
+        """Count, and pass on."""
+        if self._phase is not Phase.LINGER:
+            self._body_bytes += len(body)
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """The request is here; between this and the next one the connection owes us nothing."""
+        if self._phase is Phase.LINGER:
+            return
+        is_answered = self.cycle.response_complete
+        super().on_message_complete()
+        self._enter(Phase.IDLE if is_answered else Phase.BUSY)
+
+    def on_response_complete(self) -> None:
+        """Start the next pipelined request, or wait for one."""
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            cycle, app = self.pipeline.pop()
+            self._start_asgi_task(cycle, app)
+        elif self._phase is Phase.BUSY:
+            self._enter(Phase.IDLE)
+
+    # -- guards
+
+    def refuse(self, status: int, text: str, code: str) -> None:
+        """Answer by hand and close; used where no application runs yet."""
+        if self._phase is Phase.LINGER or self.transport.is_closing():
+            return
+        self.guard.refused[f"{status} {code}"] += 1
+        is_answering = self.cycle is not None and not self.cycle.response_complete
+        self._enter(Phase.LINGER)
+        self.flow.resume_reading()
+        if is_answering and (self.cycle.response_started or not self.cycle.more_body):
+            # An answer is on its way or being computed; a second one would only garble it.
+            self.cycle.keep_alive = False
+            return
+        body = error_body(text, code)
+        head = [
+            STATUS_LINE[status],
+            b"content-type: application/json\r\nconnection: close\r\n",
+            b"content-length: %d\r\n" % len(body),
+        ]
+        if status == 503:
+            head.append(b"retry-after: %d\r\n" % self.guard.settings.retry_after_s)
+        self.transport.write(b"".join([*head, b"\r\n", body]))
+        if is_answering:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+
+    def check_deadlines(self, now_s: float) -> None:
+        """Called by the sweep: act on what took too long."""
+        settings = self.guard.settings
+        if self.transport.is_closing():
+            # Closing waits until the client has read all; it may never do so.
+            self._closing_s = self._closing_s or now_s
+            if now_s - self._closing_s > settings.write_deadline_s:
+                self.transport.abort()
+            return
+        if (
+            self._write_paused_s is not None
+            and now_s - self._write_paused_s > settings.write_deadline_s
+        ):
+            self.guard.refused["slow reader"] += 1
+            self.transport.abort()
+            return
+        if self.flow.read_paused:  # we are the ones who make it wait
+            self._since_s = now_s
+            return
+        waited_s = now_s - self._since_s
+        if self._phase is Phase.HEADER:
+            if waited_s > settings.header_deadline_s:
+                self.refuse(
+                    408,
+                    f"no complete headers within {settings.header_deadline_s:g} s",
+                    "deadline.exceeded",
+                )
+        elif self._phase is Phase.BODY:
+            if waited_s > settings.body_deadline_s:
+                if self.cycle.response_complete:  # refused before its body ended; we only drained
+                    self.transport.close()
+                else:
+                    self.refuse(
+                        408,
+                        f"no complete body within {settings.body_deadline_s:g} s",
+                        "deadline.exceeded",
+                    )
+        elif self._phase is Phase.IDLE:
+            first = self.cycle is None
+            if waited_s > (settings.header_deadline_s if first else settings.keep_alive_s):
+                self.transport.close()
+        elif (
+            self._phase is Phase.LINGER and waited_s > settings.linger_s and not self._owes_answer()
+        ):
+            self.transport.close()
+
+    def _owes_answer(self) -> bool:
+        return (
+            self.cycle is not None
+            and not self.cycle.response_complete
+            and not self.cycle.disconnected
+        )
+
+    def _enter(self, phase: Phase) -> None:
+        if phase is Phase.HEADER or phase is Phase.LINGER:
+            self._wire_bytes = 0
+            self._body_bytes = 0
+        self._phase = phase
+        self._since_s = self.loop.time()
+
+    def _refuse_headers(self) -> None:
+        self.refuse(
+            431,
+            f"the headers exceed {self.guard.settings.header_bytes_max} bytes",
+            "limit.exceeded",
+        )
+
+    def _check_framing(self) -> None:
+        framing_bytes = self._wire_bytes - self._body_bytes
+        if framing_bytes > _FRAMING_BYTES_MAX + self._body_bytes:
+            self.refuse(400, "more chunk framing than body", "http.refused")
+        elif self._body_bytes > 2 * self.guard.settings.body_bytes_max:
+            self.transport.abort()  # refused long ago with 413, and it still sends
