@@ -1,10 +1,11 @@
 """Plans from facts: every block gets a step, and blocks that did not change keep the step they had."""
 
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Set
 from functools import lru_cache
 from hashlib import blake2b
 
-from graphopt.analysis.blocks import CONTEXT
+from graphopt.analysis.blocks import CONTEXT, END, START
 from graphopt.analysis.facts import Facts, Update
 from graphopt.analysis.regions import Region
 from graphopt.executor.codegen import Function, compile_source, eager_source
@@ -13,6 +14,7 @@ from graphopt.graph import Graph
 
 FUNCTIONS_KEPT = 4096  # compiled blocks by structure key; a BERT-base has 7
 
+_BEHIND = (1 << 1024, "")  # sorts after every block that has a single exit
 MakeStep = Callable[[Facts, str], Step]
 
 
@@ -39,8 +41,9 @@ class EagerBuilder:
 def bind_step(facts: Facts, block: str, tier: str, function: Function, constants: tuple[object, ...]) -> Step:
     """The step of `block` with `function`; reads, writes and frees come from the facts."""
     region = facts.regions[block]
+    weights = weight_key(facts.graph, region)
     return Step(
-        block, tier, region.key, weight_key(facts.graph, region), function, tuple(map(value_key, region.reads)), constants,
+        block, tier, region.key, weights, step_digest(block, tier, region.key, weights), function, tuple(map(value_key, region.reads)), constants,
         region.symbols, tuple(map(value_key, region.exits)), _frees(facts, block, region), region.order,
     )  # fmt: skip
 
@@ -55,7 +58,7 @@ def build_plan(facts: Facts, revision: int, make: MakeStep) -> Plan:
     blocks = [CONTEXT] if CONTEXT in facts.regions else []
     blocks += [block.exit for block in facts.blocks]
     steps = tuple(make(facts, block) for block in blocks)
-    return Plan(facts.graph, revision, steps, sum(map(step_digest, steps)))
+    return Plan(facts.graph, revision, steps, sum(step.digest for step in steps))
 
 
 def replan(plan: Plan, update: Update, revision: int, make: MakeStep) -> tuple[Plan, int]:
@@ -64,57 +67,51 @@ def replan(plan: Plan, update: Update, revision: int, make: MakeStep) -> tuple[P
     Only steps of changed blocks are made; the others are the same objects. Work: the stretch from the first to the last changed block,
     plus one copy of the row of steps.
     """
-    facts = update.facts
+    facts, old = update.facts, plan.steps
     remade = update.regions_changed | update.weights_changed | update.released
-    stale = remade | update.regions_gone
-    old = plan.steps
-    idx = [i for i, step in enumerate(old) if step.block in stale] if stale else []
-    has_context = CONTEXT in facts.regions
-    head: tuple[Step, ...] = ()
-    if has_context:
-        keep = old and old[0].block == CONTEXT and CONTEXT not in stale
-        head = (old[0],) if keep else (make(facts, CONTEXT),)
-    body = old[1:] if old and old[0].block == CONTEXT else old
-    shift = len(old) - len(body)
-    idx = [i - shift for i in idx if i >= shift]
-    first, last = (idx[0], idx[-1] + 1) if idx else (len(body), len(body))
-    fresh = [exit_ for exit_ in remade if exit_ in facts.blocks.blocks]
-    if fresh:
-        key = facts.graph.order_key
-        first, last = _widen(facts, body, first, last, [key(facts.blocks.blocks[b].nodes[0]) for b in fresh])
-    by_block = {step.block: step for step in body[first:last]}
-    before = body[first - 1].block if first else ""
+    had_context = bool(old) and old[0].block == CONTEXT
+    head, body = (old[:1], old[1:]) if had_context else ((), old)
+    new_head = head
+    if CONTEXT in remade or (CONTEXT in facts.regions) != had_context:
+        new_head = (make(facts, CONTEXT),) if CONTEXT in facts.regions else ()
+    stale = (remade | update.regions_gone) - {CONTEXT}
+    fresh = {block for block in remade if block in facts.blocks.blocks}
+    first, last = _stretch(plan.graph, body, stale)
+    middle = _walk(facts, body, first, last, remade, make)
+    if not fresh <= {step.block for step in middle}:  # blocks were added behind the last one
+        last = len(body)
+        middle = _walk(facts, body, first, last, remade, make)
+    steps = (*new_head, *body[:first], *middle, *body[last:])
+    gone, come = (*head, *body[first:last]), (*new_head, *middle)
+    digest = plan.digest - sum(step.digest for step in gone) + sum(step.digest for step in come)
+    return Plan(facts.graph, revision, steps, digest), len(fresh) + (CONTEXT in remade)
+
+
+def _stretch(graph: Graph, body: tuple[Step, ...], stale: set[str]) -> tuple[int, int]:
+    """The row positions from the first to behind the last step whose block is in `stale`. O(stale * log(steps))."""
+
+    def key(step: Step) -> tuple[int, str]:
+        return graph.order_key(step.block) if step.block != END else _BEHIND
+
+    found = []
+    for block in stale:
+        position = bisect_left(body, graph.order_key(block) if block != END else _BEHIND, key=key)
+        if position < len(body) and body[position].block == block:
+            found.append(position)
+    return (min(found), max(found) + 1) if found else (len(body), len(body))
+
+
+def _walk(facts: Facts, body: tuple[Step, ...], first: int, last: int, remade: Set[str], make: MakeStep) -> list[Step]:
+    """The steps of the new graph's blocks between the kept rows before `first` and from `last` on."""
+    kept = {step.block: step for step in body[first:last]}
+    block = facts.blocks.next.get(body[first - 1].block if first else START)
     after = body[last].block if last < len(body) else None
-    middle: list[Step] = []
-    block = facts.blocks.next.get(before)
+    steps: list[Step] = []
     while block is not None and block != after:
-        kept = by_block.get(block)
-        middle.append(kept if kept is not None and block not in remade else make(facts, block))
+        known = kept.get(block)
+        steps.append(known if known is not None and block not in remade else make(facts, block))
         block = facts.blocks.next.get(block)
-    steps = (*head, *body[:first], *middle, *body[last:])
-    made = sum(1 for step in (*head, *middle) if step.block in remade)
-    return Plan(facts.graph, revision, steps, sum(map(step_digest, steps))), made
-
-
-def _widen(
-    facts: Facts, body: tuple[Step, ...], first: int, last: int, positions: list[tuple[int, str]]
-) -> tuple[int, int]:
-    """The stretch grown to where blocks at `positions` (order keys) belong."""
-
-    def place(position: tuple[int, str]) -> int:
-        low, high = 0, len(body)
-        while low < high:
-            mid = (low + high) // 2
-            known = facts.blocks.blocks.get(body[mid].block)
-            if known is None:  # gone; everything gone lies inside the stretch already
-                return first
-            low, high = (mid + 1, high) if facts.graph.order_key(known.nodes[0]) < position else (low, mid)
-        return low
-
-    if first == last == len(body) and body:
-        first = len(body)
-    places = [place(position) for position in (min(positions), max(positions))]
-    return min(first, *places), max(last, *places)
+    return steps
 
 
 def _frees(facts: Facts, block: str, region: Region) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ class Step:
     tier: str
     key: str  # structure key of the region
     weights: str  # hash of the constants' contents
+    digest: int  # the share of this step in the plan's id
     function: Any
     reads: tuple[str, ...]
     constants: tuple[Any, ...]
@@ -51,12 +52,13 @@ class InputSpec:
 class Plan:
     """The steps for one revision of one graph. `id` names revision and steps: equal ids compute the same function the same way."""
 
-    __slots__ = ("__weakref__", "graph", "id", "inputs", "outputs", "revision", "steps", "symbols")
+    __slots__ = ("__weakref__", "digest", "graph", "id", "inputs", "outputs", "revision", "steps", "symbols")
 
     def __init__(self, graph: Graph, revision: int, steps: tuple[Step, ...], digest: int) -> None:
         self.graph = graph
         self.revision = revision
         self.steps = steps
+        self.digest = digest
         self.id = f"r{revision}-{digest % (1 << 48):012x}"
         self.inputs = tuple(InputSpec(name, type_, TORCH_DTYPES[type_.dtype]) for name, type_ in graph.inputs)
         self.outputs = tuple((name, value_key(ref)) for name, ref in graph.outputs)
@@ -78,9 +80,9 @@ def value_key(ref: Ref) -> str:
     return f"{ref.id}:{ref.idx}" if ref.idx else ref.id
 
 
-def step_digest(step: Step) -> int:
+def step_digest(block: str, tier: str, key: str, weights: str) -> int:
     """The share of a step in its plan's id."""
-    text = f"{step.block} {step.tier} {step.key} {step.weights}"
+    text = f"{block} {tier} {key} {weights}"
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
