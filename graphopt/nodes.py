@@ -1,8 +1,9 @@
 """One way to write every node: arguments bound to the op's schema and brought into canonical form.
 
-Two nodes that mean the same have the same `args` and `kwargs`, so they hash and compare equal whoever wrote them: positional parameters
-stand in schema order with trailing defaults left out, keyword-only ones are sorted by name with defaults left out, and literals have
-the type the schema names. Where a value lives is not part of a node: device, layout and pinning arguments are left out.
+Two nodes that mean the same have the same `args` and `kwargs`, so they hash and compare equal
+whoever wrote them: positional parameters stand in schema order with trailing defaults left out,
+keyword-only ones are sorted by name with defaults left out, and literals have the type the schema
+names. Where a value lives is not part of a node: device, layout and pinning arguments are left out.
 
 Deliberately absent: operand types, which `graphopt.analysis` checks.
 """
@@ -13,14 +14,18 @@ from graphopt.errors import TypeMismatchError, UnknownOpError, nearest
 from graphopt.graph import Arg, Node
 from graphopt.ops import OpSpec, Param, canonical_literal, get_spec, same_literal
 
-def make_node(id: str, op: str, args: Sequence[Arg] = (), kwargs: Mapping[str, Arg] | None = None) -> Node:
+
+def make_node(
+    id: str, op: str, args: Sequence[Arg] = (), kwargs: Mapping[str, Arg] | None = None
+) -> Node:
     """The node `id` that applies `op` to `args` and `kwargs`, in canonical form.
 
     Positional parameters may be given by name. References pass through unchecked.
 
     Raises:
         UnknownOpError: torch has no such op, or a graph may not hold it.
-        TypeMismatchError: wrong arity, an unknown or doubled keyword, or a literal of the wrong kind; names node, parameter and remedy.
+        TypeMismatchError: wrong arity, an unknown or doubled keyword, or a literal of the wrong
+            kind; names node, parameter and remedy.
     """
     spec = get_spec(op)
     given = _bind(id, spec, args, dict(kwargs or {}))
