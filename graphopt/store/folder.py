@@ -12,7 +12,7 @@ and is not the store's: it may be deleted at any time.
 import fcntl
 import os
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -64,7 +64,7 @@ class StateFolder:
             try:
                 _make(folder, health)
                 lock_fd = _lock(folder)
-                undo.callback(os.close, lock_fd)
+                undo.callback(_unlock, lock_fd, health)
                 _make(folder / "blobs", health)
                 blobs = Blobs(folder / "blobs", health)
                 journal = Journal(
@@ -90,8 +90,7 @@ class StateFolder:
         if self._lock_fd is None:
             return
         self.journal.close()
-        if not self.health.failed:
-            os.close(self._lock_fd)
+        _unlock(self._lock_fd, self.health)
         self._lock_fd = None
 
     def __enter__(self) -> Self:
@@ -120,6 +119,11 @@ def _make(folder: Path, health: Health) -> None:
     sync_directory(folder.parent, health)
 
 
+def _unlock(lock_fd: int, health: Health) -> None:
+    if not health.failed:
+        os.close(lock_fd)
+
+
 def _lock(folder: Path) -> int:
     fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
@@ -132,6 +136,7 @@ def _lock(folder: Path) -> int:
             where=str(folder),
             remedy="stop that process, or use another state folder",
         ) from error
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, b"%d\n" % os.getpid(), 0)
+    with suppress(OSError):  # the lock holds without the note; a full disk must not prevent a start
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, b"%d\n" % os.getpid(), 0)
     return fd

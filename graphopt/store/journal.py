@@ -42,7 +42,6 @@ from graphopt.errors import (
     ModelNotFoundError,
     StateCorruptError,
     StateError,
-    StateFullError,
 )
 from graphopt.store import compaction, schema
 from graphopt.store.blobs import Blobs, References
@@ -131,7 +130,7 @@ class Journal:
         self._witness = Witness(witness)
         self._connection = schema.connect(path)
         try:
-            with schema.reading(path):
+            with schema.reading(path, health):
                 schema.check(
                     self._connection, path, fresh=(self._witness.read() or self._head).seq == 0
                 )
@@ -225,7 +224,7 @@ class Journal:
         """
         with self._lock:
             self._health.check()
-            with schema.reading(self._path):
+            with schema.reading(self._path, self._health):
                 outlines = list(schema.outlines(self._connection))
             kept = compaction.needed(outlines, reach or {})
             dropped = {o.seq for o in outlines} - kept
@@ -279,7 +278,7 @@ class Journal:
         parent_sha = GENESIS if after_seq == 0 else None
         next_seq = max(1, after_seq)
         while True:
-            with self._lock, schema.reading(self._path):
+            with self._lock, schema.reading(self._path, self._health):
                 if compactions != self._compactions:
                     raise StateError(
                         "the journal was compacted while it was read", remedy="read again"
@@ -358,7 +357,7 @@ class Journal:
             if (
                 error.sqlite_errorcode == sqlite3.SQLITE_FULL
             ):  # the WAL has no commit frame: nothing happened
-                raise _full(self._path) from error
+                raise schema.no_space(self._path) from error
             raise self._health.fail(f"commit failed: {error} ({error.sqlite_errorname})") from error
         except BaseException as error:
             if not self._roll_back():
@@ -379,7 +378,7 @@ class Journal:
             self._connection.execute("PRAGMA wal_checkpoint(RESTART)").fetchall()
         except sqlite3.Error as error:
             if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
-                raise _full(self._path) from error
+                raise schema.no_space(self._path) from error
             reason = f"checkpoint failed: {error} ({error.sqlite_errorname})"
             raise self._health.fail(reason) from error
         self._wal_bytes = 0
@@ -411,9 +410,3 @@ def _check_bounds(entries: Sequence[Entry]) -> None:
                 raise LimitError(
                     f"the {what} has length {length}; at most {length_max}", where=entry.model
                 )
-
-
-def _full(path: Path) -> StateFullError:
-    return StateFullError(
-        "no space for the journal", where=str(path), remedy="free space and try again"
-    )

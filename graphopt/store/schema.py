@@ -11,9 +11,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from graphopt.errors import StateCorruptError, StateError, StateInUseError, StateNewerError
+from graphopt.errors import (
+    StateCorruptError,
+    StateError,
+    StateFullError,
+    StateInUseError,
+    StateNewerError,
+)
 from graphopt.store.chain import ANCHOR, Row
 from graphopt.store.compaction import Outline
+from graphopt.store.disk import Health
 
 FORMAT = 1
 _APPLICATION_ID = 0x67726F70  # "grop"; `file` shows it
@@ -46,8 +53,8 @@ _NOT_CONTENT = (
     "SQLITE_READONLY",
     "SQLITE_PERM",
     "SQLITE_NOMEM",
-    "SQLITE_FULL",
 )
+_FAILED_SYNC = ("SQLITE_IOERR_FSYNC", "SQLITE_IOERR_DIR_FSYNC")
 
 
 def connect(path: Path) -> sqlite3.Connection:
@@ -80,7 +87,7 @@ def check(connection: sqlite3.Connection, path: Path, *, fresh: bool) -> None:
     application = _pragma(connection, "application_id")
     tables = connection.execute("SELECT sql FROM sqlite_master").fetchall()
     if (version, application, tables) == (0, 0, []) and fresh:
-        _create(connection)
+        _create(connection, path)
         return
     if application == _APPLICATION_ID and version > FORMAT:
         raise StateNewerError(
@@ -93,7 +100,7 @@ def check(connection: sqlite3.Connection, path: Path, *, fresh: bool) -> None:
     damage = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
     if damage != "ok":
         raise _corrupt(path, str(damage))
-    connection.execute("PRAGMA journal_mode=WAL")
+    _enter_wal(connection, path)
 
 
 def rows(connection: sqlite3.Connection, after_seq: int, count_max: int) -> Iterator[Row]:
@@ -114,12 +121,19 @@ def outlines(connection: sqlite3.Connection) -> Iterator[Outline]:
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """SQLite's complaints about content become `StateCorruptError`, about the disk `StateError`."""
+def reading(path: Path, health: Health) -> Iterator[None]:
+    """SQLite's complaints about content become `StateCorruptError`, about the disk `StateError`.
+
+    A failed sync puts the store into the failed state.
+    """
     try:
         yield
     except sqlite3.Error as error:
         name = getattr(error, "sqlite_errorname", None) or ""
+        if name in _FAILED_SYNC:
+            raise health.fail(f"{path}: {error} ({name})") from error
+        if name == "SQLITE_FULL":
+            raise no_space(path) from error
         if name == "SQLITE_BUSY":
             raise StateInUseError(
                 "another program has the journal open", where=str(path), remedy="look at a copy"
@@ -131,13 +145,31 @@ def reading(path: Path) -> Iterator[None]:
         raise _corrupt(path, "SQLite cannot read it: text is damaged") from error
 
 
-def _create(connection: sqlite3.Connection) -> None:
-    connection.execute("PRAGMA journal_mode=WAL")
+def no_space(path: Path) -> StateFullError:
+    """SQLite found the disk full; it undid what it had begun."""
+    return StateFullError(
+        "no space for the journal", where=str(path), remedy="free space and try again"
+    )
+
+
+def _create(connection: sqlite3.Connection, path: Path) -> None:
+    _enter_wal(connection, path)
     connection.execute("BEGIN IMMEDIATE")
     connection.execute(_TABLE)
     connection.execute(f"PRAGMA application_id={_APPLICATION_ID}")
     connection.execute(f"PRAGMA user_version={FORMAT}")
     connection.execute("COMMIT")
+
+
+def _enter_wal(connection: sqlite3.Connection, path: Path) -> None:
+    """SQLite reports a failure here, also of a sync, only by staying in the old mode."""
+    mode = connection.execute("PRAGMA journal_mode=WAL").fetchone()[0]
+    if mode != "wal":
+        raise StateError(
+            f"the journal cannot use a write-ahead log (mode {mode})",
+            where=str(path),
+            remedy="see to the disk; it must be a local file system",
+        )
 
 
 def _pragma(connection: sqlite3.Connection, name: str) -> int:
