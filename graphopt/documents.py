@@ -238,9 +238,9 @@ class Reader:
         known = tuple(choices)
         if known and text not in known:
             self.fault(f"{_shown(text)} is not allowed here", _any_of(known))
-        if chars_max is not None and len(text) > chars_max:
+        elif chars_max is not None and len(text) > chars_max:
             self.fault(f"has {len(text)} characters, at most {chars_max} are allowed")
-        if pattern and not re.fullmatch(pattern, text):
+        elif pattern and not re.fullmatch(pattern, text):
             self.fault(f"{_shown(text)} does not match {pattern}")
         return text
 
@@ -301,9 +301,8 @@ class Reader:
     def _within(self, low: float | None, high: float | None) -> bool:
         if (low is None or self.value >= low) and (high is None or self.value <= high):
             return True
-        bounds = [f"at least {low:g}"] * (low is not None) + [f"at most {high:g}"] * (
-            high is not None
-        )
+        bounds = [f"at least {low:.16g}"] if low is not None else []
+        bounds += [f"at most {high:.16g}"] if high is not None else []
         self.fault(f"must be {' and '.join(bounds)}, not {self.value}")
         return False
 
