@@ -49,16 +49,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin
 from typing import get_type_hints as type_hints
 
-from graphopt.document_text import (
-    Document,
-    Trail,
-    Value,
-    from_value,
-    load_json,
-    load_yaml,
-    path_text,
-    plain_number,
-)
+from graphopt.document_formats import from_value, load_json, load_yaml, plain_number
+from graphopt.document_text import Document, Trail, Value, path_text, place
 from graphopt.errors import DocumentError, GraphoptError, nearest
 
 __all__ = [
@@ -139,6 +131,7 @@ class _Findings:
 
     def __init__(self) -> None:
         self.faults: dict[tuple[Trail, str], bool] = {}  # (trail, reason) -> is about the key
+        self.count = 0  # of all faults, also those beyond FAULTS_MAX
         self.asked: dict[Trail, tuple[Mapping[str, Value], dict[str, None]]] = {}
 
 
@@ -161,7 +154,11 @@ class Reader:
     def fault(self, reason: str, remedy: str = "", *, of_key: bool = False) -> None:
         """Record that this value (or its key) is wrong; `finish` raises."""
         text = f"{reason} ({remedy})" if remedy else reason
-        self._findings.faults.setdefault((self.trail, text), of_key)
+        found = self._findings
+        if (self.trail, text) not in found.faults:
+            found.count += 1
+            if len(found.faults) < FAULTS_MAX:
+                found.faults[(self.trail, text)] = of_key
 
     def finish(self) -> None:
         """Raise `FaultsError` when any reader of this document found a fault."""
@@ -173,18 +170,22 @@ class Reader:
                     unknown.fault("unknown key", remedy, of_key=True)
         if not self._findings.faults:
             return
-        # The lookups cost the size of the document each: sort only what will be shown.
-        kept = list(self._findings.faults.items())[:FAULTS_MAX]
-        placed = [
-            (self.document.position(trail, of_key=of_key) or (0, 0), trail, reason, of_key)
-            for (trail, reason), of_key in kept
-        ]
-        placed.sort(key=lambda fault: fault[0])
-        shown = [
-            (self.document.where(trail, of_key=of_key), path_text(trail), reason)
-            for _, trail, reason, of_key in placed
-        ]
-        raise FaultsError(shown, len(self._findings.faults) - len(kept))
+        found = list(self._findings.faults.items())
+        positions = self.document.positions([(trail, key) for (trail, _), key in found])
+        faults = sorted(
+            (
+                (position, trail, reason)
+                for position, ((trail, reason), _) in zip(positions, found, strict=True)
+            ),
+            key=lambda fault: fault[0] or (0, 0),
+        )
+        raise FaultsError(
+            [
+                (place(self.document.source, position, trail), path_text(trail), reason)
+                for position, trail, reason in faults
+            ],
+            self._findings.count - len(faults),
+        )
 
     def field(self, name: str) -> "Reader":
         """The value under a required key."""
@@ -262,13 +263,13 @@ class Reader:
 
     def decode(self, kind: type[T]) -> T:
         """The dataclass `kind` from this mapping; `ValueError` of its own checks is a fault too."""
-        before = len(self._findings.faults)
+        before = self._findings.count
         arguments = {}
         for name, key, hint, bounds, required in _plan(cast("type", kind)):
             reader = self.field(key) if required else self.maybe(key)
             if reader is not None:
                 arguments[name] = _converted(reader, hint, bounds)
-        if len(self._findings.faults) == before and self.kind == "mapping":
+        if self._findings.count == before and self.kind == "mapping":
             try:
                 return kind(**arguments)
             except (ValueError, GraphoptError) as error:

@@ -233,6 +233,15 @@ def test_the_faults_of_one_error_are_bounded() -> None:
     assert re.search(r"\(and 999 more\)$", caught.value.message)
 
 
+def test_a_large_document_full_of_faults_is_told_in_one_walk() -> None:
+    """A walk a fault would take minutes here and run into the test's time limit."""
+    text = "limits:\n" + "".join(f"  k{i}: [x, 1, 2, 3]\n" for i in range(50_000))
+    with pytest.raises(FaultsError) as caught:
+        decode(load_yaml(text), Job)
+    assert caught.value.message.endswith("(and 50000 more)")
+    assert str(caught.value).splitlines()[-1].startswith("delta.yaml:100:")
+
+
 @dataclass(frozen=True)
 class Custom:
     value: int = field(metadata=rule(read=lambda reader: reader.integer(low=0) * 2))

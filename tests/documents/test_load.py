@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphopt import document_text
+from graphopt import document_formats
 from graphopt.documents import Document, from_value, load_json, load_yaml, path_text
 from graphopt.errors import DocumentError, GraphoptError, LimitError
 from graphopt.limits import DOCUMENT_BYTES_MAX, DOCUMENT_DEPTH_MAX
@@ -18,7 +18,7 @@ from graphopt.limits import DOCUMENT_BYTES_MAX, DOCUMENT_DEPTH_MAX
 @pytest.fixture(params=["CBaseLoader", "BaseLoader"], autouse=True)
 def _yaml_parser(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything below holds for libyaml and for PyYAML's own parser."""
-    monkeypatch.setattr(document_text, "_YAML_LOADER", getattr(yaml, request.param))
+    monkeypatch.setattr(document_formats, "_YAML_LOADER", getattr(yaml, request.param))
 
 
 CORE_SCALARS: list[tuple[str, Any]] = [
@@ -196,7 +196,7 @@ def test_the_bounds_hold_to_the_byte_and_the_level(
     with pytest.raises(LimitError, match="deeper"):
         load("[" * 1_000_000)  # told without reading on
     # PyYAML's own parser would take five seconds for the next line.
-    monkeypatch.setattr(document_text, "_YAML_LOADER", yaml.CBaseLoader)
+    monkeypatch.setattr(document_formats, "_YAML_LOADER", yaml.CBaseLoader)
     load('"' + "a" * (DOCUMENT_BYTES_MAX - 2) + '"')
     with pytest.raises(LimitError, match="bytes"):
         load('"' + "a" * (DOCUMENT_BYTES_MAX - 1) + '"')
@@ -323,6 +323,15 @@ def test_the_text_at_a_values_position_is_the_value(value: Any) -> None:
             line, column = document.position(trail, of_key=True) or (0, 0)
             decoded, _ = json.JSONDecoder().raw_decode(lines[line - 1][column - 1 :])
             assert decoded == trail[-1]
+
+
+@given(values)
+def test_many_positions_are_found_in_one_walk(value: Any) -> None:
+    document = load_json(json.dumps(value))
+    wanted = [(trail, of_key) for trail, _ in paths(value) for of_key in (False, True)]
+    wanted += [((*trail, "missing"), False) for trail, _ in wanted]
+    together = document.positions(wanted)
+    assert together == [document.position(trail, of_key=key) for trail, key in wanted]
 
 
 printable = st.text(st.characters(categories=["L", "N", "P", "S", "Zs"]))
