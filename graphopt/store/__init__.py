@@ -17,15 +17,11 @@ Absent on purpose: what bodies mean (the engine's), artifacts (the builder's, de
 """
 
 from graphopt.store.blobs import Blobs, References
+from graphopt.store.bounds import CHECKPOINT_DUE_BYTES, SNAPSHOT_DUE_ROWS
 from graphopt.store.chain import DELTA, FORK, LOAD, SNAPSHOT, UNLOAD, Entry, Record, content_sha
 from graphopt.store.compaction import Lineage
 from graphopt.store.folder import StateFolder
-from graphopt.store.journal import (
-    CHECKPOINT_DUE_BYTES,
-    SNAPSHOT_DUE_ROWS,
-    Journal,
-    JournalStatus,
-)
+from graphopt.store.journal import Journal, JournalStatus
 from graphopt.store.remembered import Remembered
 from graphopt.store.witness import Head
 

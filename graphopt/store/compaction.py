@@ -11,7 +11,18 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from graphopt.store.chain import ANCHOR, BASES, FORK, INTERNAL, LOAD, UNLOAD, Record, Row, anchor
+from graphopt.store.chain import (
+    ANCHOR,
+    BASES,
+    FORK,
+    INTERNAL,
+    LOAD,
+    UNLOAD,
+    Record,
+    Row,
+    anchor,
+    first_seq,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +45,20 @@ class Outline:
     model: str
     revision: int
     blobs: tuple[str, ...]
+
+
+def outline(row: Record) -> Outline:
+    """The outline of a verified row."""
+    return Outline(
+        row.seq,
+        first_seq(row),
+        row.parent_sha,
+        row.sha,
+        row.kind,
+        row.model,
+        row.revision,
+        row.blobs,
+    )
 
 
 _RowT = TypeVar("_RowT", Record, Outline)

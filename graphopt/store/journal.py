@@ -23,28 +23,21 @@ Absent on purpose: reading by a second process (look at a copy), shrinking of th
 are used again).
 """
 
-import ctypes
-import json
-import os
-import re
-import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from graphopt import limits
 from graphopt.errors import (
     DuplicateDeltaError,
-    LimitError,
     ModelExistsError,
     ModelNotFoundError,
     StateCorruptError,
     StateError,
 )
-from graphopt.store import compaction, schema
+from graphopt.store import compaction
 from graphopt.store.blobs import Blobs, References
+from graphopt.store.bounds import READ_ROWS, WAL_BYTES_MAX, check_bounds
 from graphopt.store.chain import (
     BASES,
     FORK,
@@ -57,35 +50,17 @@ from graphopt.store.chain import (
     Record,
     Row,
     corrupt,
+    first_seq,
     record_of,
     sealed,
     verified,
 )
+from graphopt.store.database import Database
 from graphopt.store.disk import Health
 from graphopt.store.remembered import DeltaIds, Remembered
 from graphopt.store.witness import Head, Witness
 
-ANSWER_CHARS_MAX = (
-    1_024  # an `Applied` as JSON takes about 200; times the ids kept, this stays 10 MB a model
-)
-APPEND_RECORDS_MAX = (
-    1_024  # rows of one transaction; 32 bring the cost of a row down to 28 us already
-)
-BLOBS_PER_ROW_MAX = 65_536  # as many constants as a 50,000-node graph may have
-BODY_BYTES_MAX = 64 << 20  # a 16 MiB delta document with its expansion; SQLite itself stops at 1 GB
-CHECKPOINT_DUE_BYTES = (
-    1 << 20
-)  # a WAL this long is replayed in about 10 ms when the process was killed
-SNAPSHOT_DUE_ROWS = (
-    1_000  # increments since a model's base; keeps recovery below 2 s (protocol-reliability 5)
-)
-WAL_BYTES_MAX = (
-    64 << 20
-)  # appends checkpoint by themselves when the caller was never idle for so long
-
 _PAGE_BYTES = 4_096
-_READ_ROWS = 128  # rows fetched while the lock is held
-_KIND = re.compile(r"[a-z][a-z_]{0,31}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,16 +103,16 @@ class Journal:
         self._ids = DeltaIds()
         self._rows_since_base: dict[str, int] = {}
         self._witness = Witness(witness)
-        self._connection = schema.connect(path)
+        self._database = Database(path, health)
         try:
-            with schema.reading(path, health):
-                schema.check(
-                    self._connection, path, fresh=(self._witness.read() or self._head).seq == 0
-                )
-                self._recover()
+            seen = self._witness.read() or self._head
+            self._database.open(fresh=seen.seq == 0)
+            self._recover(seen)
             self._checkpoint()
         except BaseException as error:
-            self._refuse(keep_wal=isinstance(error, StateCorruptError))
+            if isinstance(error, StateCorruptError):
+                self._database.keep_wal()
+            self.close()
             raise
         self._witness.write(self._head)
 
@@ -155,7 +130,7 @@ class Journal:
                 next start tells.
             ValueError: A kind that is none, or text that UTF-8 cannot hold.
         """
-        _check_bounds(entries)
+        check_bounds(entries)
         digests = tuple(d for entry in entries for d in dict.fromkeys(entry.blobs))
         with self._lock:
             self._health.check()
@@ -165,8 +140,8 @@ class Journal:
             with self._blobs.pinned(set(digests)):
                 rows = self._sealed(entries)
                 if rows:
-                    with self._transaction():
-                        self._connection.executemany(schema.INSERT, rows)
+                    with self._database.transaction():
+                        self._database.insert(rows)
                     self._advance(rows)
                     self._blobs.settle(digests, self._head.seq)
         return [row[0] for row in rows]
@@ -222,10 +197,15 @@ class Journal:
         Raises:
             StateError: As `append`; nothing was dropped.
         """
+        compactions = self._compactions
+        outlines = [compaction.outline(row) for row in self._all(0)]  # appends go on meanwhile
         with self._lock:
             self._health.check()
-            with schema.reading(self._path, self._health):
-                outlines = list(schema.outlines(self._connection))
+            if compactions != self._compactions:
+                raise _compacted_meanwhile()
+            read = Head(outlines[-1].seq, outlines[-1].sha) if outlines else Head(0, GENESIS)
+            rest = verified(self._rows_after(read.seq), read.sha, read.seq + 1)
+            outlines += [compaction.outline(row) for row in rest]
             kept = compaction.needed(outlines, reach or {})
             dropped = {o.seq for o in outlines} - kept
             ids, useless = self._ids.compacted(dropped)
@@ -240,27 +220,26 @@ class Journal:
     def close(self) -> None:
         """Checkpoint and close. After a failure the connection stays open until the process ends."""
         with self._lock:
-            if self._health.failed:
-                # Python closes connections that it frees, also at exit; a reference too many
-                # prevents that.
-                ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._connection))
-            else:
-                self._connection.close()
+            self._database.close()
             self._witness.close()
 
-    def _recover(self) -> None:
-        """Verify every row and rebuild what is kept in memory."""
-        seen = self._witness.read()
-        for record in verified(schema.rows(self._connection, 0, -1), GENESIS, 1):
-            if seen and record.seq == seen.seq and record.sha != seen.sha:
+    def _recover(self, seen: Head) -> None:
+        """Verify every row against the chain and the witness, and rebuild what is kept in memory."""
+        for record in verified(self._rows_after(0), GENESIS, 1):
+            if record.seq == seen.seq and record.sha != seen.sha:
                 raise corrupt(record.seq, f"{self._path} is not the journal that was acknowledged")
             self._head = Head(record.seq, record.sha)
             self._note(record)
-        if seen and seen.seq > self._head.seq:
+        if seen.seq > self._head.seq:
             raise corrupt(
                 self._head.seq + 1,
                 f"{self._path} ends before row {seen.seq}, which was acknowledged",
             )
+
+    def _rows_after(self, after_seq: int) -> Iterator[Row]:
+        while page := self._database.rows(after_seq, READ_ROWS):
+            yield from page
+            after_seq = page[-1][0]
 
     def _note(self, record: Record) -> None:
         """Keep the in-memory account of a row that is durable."""
@@ -278,17 +257,15 @@ class Journal:
         parent_sha = GENESIS if after_seq == 0 else None
         next_seq = max(1, after_seq)
         while True:
-            with self._lock, schema.reading(self._path, self._health):
+            with self._lock:
                 if compactions != self._compactions:
-                    raise StateError(
-                        "the journal was compacted while it was read", remedy="read again"
-                    )
+                    raise _compacted_meanwhile()
                 head = self._head
-                page = list(schema.rows(self._connection, next_seq - 1, _READ_ROWS))
+                page = self._database.rows(next_seq - 1, READ_ROWS)
             for record in verified(page, parent_sha, next_seq):
                 yield record
                 parent_sha, next_seq = record.sha, record.seq + 1
-            if len(page) < _READ_ROWS:
+            if len(page) < READ_ROWS:
                 break
         if next_seq <= head.seq or (parent_sha is not None and parent_sha != head.sha):
             raise corrupt(next_seq, "the journal ends before its head")
@@ -336,77 +313,18 @@ class Journal:
     ) -> None:
         """The one transaction of a compaction."""
         rows = self._sealed(ids)
-        with self._transaction():
-            self._connection.executemany(schema.INSERT, rows)
+        with self._database.transaction():
+            self._database.insert(rows)
             for row in anchors:
-                first = json.loads(row[-1])["first"]
-                self._connection.execute(schema.DELETE, (first, row[0]))
-            self._connection.executemany(schema.INSERT, anchors)
+                self._database.delete(first_seq(record_of(row)), row[0])
+            self._database.insert(anchors)
         self._compactions += 1
         self._ids.replaced(self._advance(rows) if rows else (), useless)
 
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        """All or nothing. A commit of unknown outcome puts the store into the failed state."""
-        try:
-            self._connection.execute("BEGIN IMMEDIATE")
-            yield
-            self._connection.execute("COMMIT")
-        except sqlite3.Error as error:
-            self._roll_back()
-            if (
-                error.sqlite_errorcode == sqlite3.SQLITE_FULL
-            ):  # the WAL has no commit frame: nothing happened
-                raise schema.no_space(self._path) from error
-            raise self._health.fail(f"commit failed: {error} ({error.sqlite_errorname})") from error
-        except BaseException as error:
-            if not self._roll_back():
-                self._health.fail(f"commit interrupted by {type(error).__name__}")
-            raise
-
-    def _roll_back(self) -> bool:
-        """True when a transaction was open and is undone: then no commit can have happened."""
-        if not self._connection.in_transaction:
-            return False
-        with suppress(sqlite3.Error):
-            self._connection.execute("ROLLBACK")
-        return not self._connection.in_transaction
-
     def _checkpoint(self) -> None:
-        """RESTART, not TRUNCATE: a commit into a WAL that keeps its size was measured 1.4x faster."""
-        try:
-            self._connection.execute("PRAGMA wal_checkpoint(RESTART)").fetchall()
-        except sqlite3.Error as error:
-            if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
-                raise schema.no_space(self._path) from error
-            reason = f"checkpoint failed: {error} ({error.sqlite_errorname})"
-            raise self._health.fail(reason) from error
+        self._database.checkpoint()
         self._wal_bytes = 0
 
-    def _refuse(self, *, keep_wal: bool) -> None:
-        """Close after a refused opening. SQLite deletes the WAL on close; a link keeps it for repair."""
-        if keep_wal:
-            with suppress(OSError):
-                os.link(f"{self._path}-wal", f"{self._path}-wal.refused")
-        self.close()
 
-
-def _check_bounds(entries: Sequence[Entry]) -> None:
-    if len(entries) > APPEND_RECORDS_MAX:
-        raise LimitError(f"{len(entries)} rows in one append; at most {APPEND_RECORDS_MAX}")
-    for entry in entries:
-        if not _KIND.fullmatch(entry.kind):
-            raise ValueError(f"not a kind of row: {entry.kind!r}")
-        lengths = (
-            ("model name", len(entry.model), limits.NAME_CHARS_MAX),
-            ("delta id", len(entry.delta_id or ""), limits.NAME_CHARS_MAX),
-            ("content sha", len(entry.content_sha), 64),
-            ("answer", len(entry.answer), ANSWER_CHARS_MAX),
-            ("body", len(entry.body), BODY_BYTES_MAX),
-            ("list of blobs", len(entry.blobs), BLOBS_PER_ROW_MAX),
-        )
-        for what, length, length_max in lengths:
-            if length > length_max:
-                raise LimitError(
-                    f"the {what} has length {length}; at most {length_max}", where=entry.model
-                )
+def _compacted_meanwhile() -> StateError:
+    return StateError("the journal was compacted while it was read", remedy="read again")

@@ -1,13 +1,22 @@
 import itertools
+import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
 from graphopt.store import StateFolder
 
 Opener = Callable[[], StateFolder]
+
+
+@contextmanager
+def memory_folder() -> Iterator[Path]:
+    """For tests with thousands of syncs, whose claim is not about the disk under them."""
+    with TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as parent:
+        yield Path(parent)
 
 
 @pytest.fixture

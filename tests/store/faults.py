@@ -1,6 +1,6 @@
 """Runs the story under one kind of fault at every place, and prints what was found as JSON.
 
-    python -m store.faults MODE SCRATCH
+    python -m store.faults MODE SCRATCH [IMAGES SEED]
 
 Each run is a forked child under the tracer; the state it leaves is opened here and compared with
 what was acked.
@@ -10,6 +10,7 @@ import errno
 import itertools
 import json
 import os
+import random
 import shutil
 import sys
 from collections import Counter
@@ -19,10 +20,11 @@ from pathlib import Path
 from graphopt.errors import StateError, StateFailedError, StateFullError
 from graphopt.store import StateFolder
 
+from .powerloss import record, write_image
 from .story import Engine, Op, recovered, script, states_of
 from .tracing import CALLS, SYNCS, WRITES, Fault, Outcome, traced
 
-OPS = script(9)
+OPS = script(6)
 EXPECTED = list(states_of(OPS))
 
 
@@ -96,17 +98,13 @@ def check(path: Path, outcome: Outcome) -> None:
         assert {p.name for p in folder.blobs.path("0" * 64).parent.iterdir()} == named
 
 
-def sweep(
-    scratch: Path, calls: dict[int, str], error: int, *, lasting: bool = False
-) -> dict[str, object]:
+def sweep(scratch: Path, calls: dict[int, str], error: int) -> dict[str, object]:
     """The fault at the first call, at the second one, ... until a run has fewer calls."""
     struck: Counter[str] = Counter()
     endings: Counter[str] = Counter()
     for at in itertools.count(1):
         path = scratch / "state"
-        outcome = traced(
-            lambda ack, path=path: work(path, ack), Fault(at, frozenset(calls), error, lasting)
-        )
+        outcome = traced(lambda ack, path=path: work(path, ack), Fault(at, frozenset(calls), error))
         assert outcome.status in (0, 9), outcome
         check(path, outcome)
         shutil.rmtree(path)
@@ -118,8 +116,22 @@ def sweep(
     raise AssertionError
 
 
+def power_losses(scratch: Path, images: int, seed: int) -> dict[str, object]:
+    """Record one run, build `images` disks that a power loss may have left, and recover each."""
+    rng = random.Random(seed)
+    recording = record(lambda ack: work(scratch / "recorded", ack))
+    found: Counter[int] = Counter()
+    for _ in range(images):
+        at = rng.randrange(len(recording.events) + 1)
+        acks = write_image(recording.events[:at], scratch / "recorded", scratch / "state", rng)
+        check(scratch / "state", Outcome(acks, f"power loss after event {at}, seed {seed}", 0))
+        shutil.rmtree(scratch / "state")
+        found[acks.count("op")] += 1
+    return {"events": len(recording.events), "images": images, "acked": found}
+
+
 def main() -> None:
-    """MODE is kill, sync-error, disk-full or write-error."""
+    """MODE is kill, sync-error, disk-full, write-error or power-loss."""
     mode, scratch = sys.argv[1], Path(sys.argv[2])
     os.makedirs(scratch, exist_ok=True)
     found = {
@@ -127,6 +139,7 @@ def main() -> None:
         "sync-error": lambda: sweep(scratch, SYNCS, errno.EIO),
         "disk-full": lambda: sweep(scratch, WRITES, errno.ENOSPC),
         "write-error": lambda: sweep(scratch, WRITES, errno.EIO),
+        "power-loss": lambda: power_losses(scratch, int(sys.argv[3]), int(sys.argv[4])),
     }[mode]()
     print(json.dumps(found))
 

@@ -12,12 +12,13 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 
 from graphopt.errors import StateCorruptError, StateError, StateNewerError
 from graphopt.store import DELTA, LOAD, SNAPSHOT, Entry, Record, StateFolder
+
+from .conftest import memory_folder
 
 WRITER = """
 import os, sys
@@ -46,10 +47,8 @@ def write(path: str) -> StateFolder:
 
 @pytest.fixture(scope="module")
 def scratch() -> Iterator[Path]:
-    """Thousands of openings, each of which syncs: in memory where the machine has such a folder."""
-    memory = "/dev/shm"
-    with TemporaryDirectory(dir=memory if os.path.isdir(memory) else None) as parent:
-        yield Path(parent)
+    with memory_folder() as folder:
+        yield folder
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +152,7 @@ def test_rows_before_the_bad_one_can_still_be_read(tmp_path: Path) -> None:
         digest = folder.blobs.put(b"graph")
         folder.journal.append([Entry(LOAD, "m", 0, "{}", (digest,))])
         folder.journal.append([Entry(DELTA, "m", i, f'{{"n":{i}}}') for i in range(1, 10)])
-        folder.journal._connection.execute("UPDATE journal SET body = '{}' WHERE seq = 5")
+        folder.journal._database._connection.execute("UPDATE journal SET body = '{}' WHERE seq = 5")
         rows = folder.journal.records()
         assert [next(rows).seq for _ in range(4)] == [1, 2, 3, 4]
         with pytest.raises(StateCorruptError, match="row 5"):

@@ -1,12 +1,9 @@
-from pathlib import Path
-from tempfile import TemporaryDirectory
-
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graphopt.store import DELTA, FORK, LOAD, SNAPSHOT, UNLOAD, Entry, StateFolder
 
-from .conftest import Opener
+from .conftest import Opener, memory_folder
 from .story import Engine, Op, recovered, script, states_of
 
 NAMES = st.sampled_from("abc")
@@ -41,8 +38,8 @@ def histories(draw: st.DrawFn) -> list[Op]:
 def test_recovery_is_the_same_before_and_after_compaction_and_restart(
     ops: list[Op], reopen: bool
 ) -> None:
-    with TemporaryDirectory() as parent:
-        folder = StateFolder.open(Path(parent) / "s", wall_ns=lambda: 0)
+    with memory_folder() as parent:
+        folder = StateFolder.open(parent / "s", wall_ns=lambda: 0)
         engine = Engine(folder)
         for op in ops:
             engine.apply(op)
@@ -51,7 +48,7 @@ def test_recovery_is_the_same_before_and_after_compaction_and_restart(
         folder.compact()
         if reopen:
             folder.close()
-            folder = StateFolder.open(Path(parent) / "s", wall_ns=lambda: 0)
+            folder = StateFolder.open(parent / "s", wall_ns=lambda: 0)
         assert recovered(folder) == before
         expected_ids = {
             (model, f"id-{tag}")
@@ -71,7 +68,7 @@ def test_recovery_is_the_same_before_and_after_compaction_and_restart(
 def test_reach_keeps_older_revisions_within_replay(ops: list[Op], back: int) -> None:
     with (
         TemporaryDirectory() as parent,
-        StateFolder.open(Path(parent), wall_ns=lambda: 0) as folder,
+        StateFolder.open(parent, wall_ns=lambda: 0) as folder,
     ):
         engine = Engine(folder)
         for op in ops:
