@@ -225,6 +225,12 @@ class StateFailedError(StateError):
     code = "state.failed"
 
 
+class FactsError(GraphoptError):
+    """Derived facts are not what the graph says: a bug of graphopt, found by the verify mode."""
+
+    code = "internal.facts"
+
+
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """A remedy naming the `count` names nearest to `name`, or an empty string when nothing is near."""
     close = get_close_matches(name, list(known), n=count, cutoff=0.4)
