@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from math import inf
 from time import perf_counter_ns
 from typing import Any
 
@@ -54,7 +55,16 @@ class Outcome:
 class Work:
     """One request while it is queued or runs."""
 
-    __slots__ = ("arrived_ns", "future", "inputs", "key", "queued", "rows", "size_bytes", "timer")
+    __slots__ = (
+        "arrived_ns",
+        "deadline_s",
+        "future",
+        "inputs",
+        "key",
+        "queued",
+        "rows",
+        "size_bytes",
+    )
 
     def __init__(
         self,
@@ -70,7 +80,7 @@ class Work:
         self.queued = False
         self.arrived_ns = perf_counter_ns()
         self.future: asyncio.Future[Outcome]
-        self.timer: asyncio.TimerHandle
+        self.deadline_s: float
 
 
 @dataclass(slots=True)
@@ -104,6 +114,9 @@ class Batcher:
         self._n_running = 0
         self._delay_ns = settings.batch_delay_us * 1000
         self._wake: asyncio.TimerHandle | None = None
+        self._waiting: set[Work] = set()  # unanswered, queued or running
+        self._alarm: asyncio.TimerHandle | None = None
+        self._alarm_s = inf
 
     def enqueue(self, work: Work, deadline_s: float) -> asyncio.Future[Outcome]:
         """Queue or start one checked request; cancelling the future withdraws it.
@@ -122,7 +135,7 @@ class Batcher:
             )
         loop = self._loop
         future = work.future = loop.create_future()
-        work.timer = loop.call_later(deadline_s, self._expire, work, deadline_s)
+        self._watch(work, deadline_s)
         if self._n_queued == 0 and self._n_running < self._served.capacity():
             self._start((work,))
             return future
@@ -255,7 +268,7 @@ class Batcher:
             self._fail(run.works, error)
             return
         for work, outputs in zip(run.works, parts, strict=True):
-            work.timer.cancel()
+            self._waiting.discard(work)
             if not work.future.done():
                 queue_ns = run.submitted_ns - run.input_ns - work.arrived_ns
                 outcome = Outcome(
@@ -276,25 +289,46 @@ class Batcher:
             self._n_queued += len(live)
             self._loop.call_soon(self._pump)
             return
+        self._waiting.difference_update(works)
         for work in live:
-            work.timer.cancel()
             work.future.set_exception(error)
 
     # -- leaving early
 
-    def _expire(self, work: Work, deadline_s: float) -> None:
-        if not work.future.done():
-            work.future.set_exception(
-                DeadlineError(
-                    f"no answer within {deadline_s:g} s",
-                    where=f"model {self._served.name}",
-                    remedy="retry, or send a larger `timeout`",
+    def _watch(self, work: Work, deadline_s: float) -> None:
+        """Keep an eye on a deadline.
+
+        One alarm, set to the earliest, serves all requests: a timer for each costs more than
+        decoding it, and nearly all requests are answered long before.
+        """
+        work.deadline_s = self._loop.time() + deadline_s
+        self._waiting.add(work)
+        if work.deadline_s < self._alarm_s:
+            self._set_alarm(work.deadline_s)
+
+    def _set_alarm(self, at_s: float) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+        self._alarm_s = at_s
+        self._alarm = self._loop.call_at(at_s + _TICK_S, self._on_alarm) if at_s < inf else None
+
+    def _on_alarm(self) -> None:
+        now_s = self._loop.time()
+        for work in [work for work in self._waiting if work.deadline_s <= now_s]:
+            self._waiting.discard(work)
+            if not work.future.done():
+                work.future.set_exception(
+                    DeadlineError(
+                        "no answer within the deadline",
+                        where=f"model {self._served.name}",
+                        remedy="retry, or send a larger `timeout`",
+                    )
                 )
-            )
+        self._set_alarm(min((work.deadline_s for work in self._waiting), default=inf))
 
     def _forget(self, work: Work) -> None:
         """Take an expired or cancelled request out of the queue."""
-        work.timer.cancel()
+        self._waiting.discard(work)
         if not work.queued:
             return
         group = self._groups.get(work.key)

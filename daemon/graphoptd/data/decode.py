@@ -5,11 +5,12 @@ aligned (`Body`). Everything is checked before any work is queued, so that one b
 spoil a batch.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 
 from graphopt.errors import RequestError, nearest
@@ -35,6 +36,7 @@ class Interface:
     outputs: Mapping[str, TensorSpec]
     batchable: bool
     fingerprint: str  # of names and types; a str because its hash is computed once
+    forms: dict[bytes, "Form"]
 
     @classmethod
     def of(cls, signature: Signature) -> "Interface":
@@ -46,6 +48,7 @@ class Interface:
             {spec.name: spec for spec in signature.outputs},
             bool(signature.inputs) and all(spec.batch_dim for spec in both),
             " ".join(f"{spec.name}:{spec.datatype}" for spec in both),
+            {},
         )
 
 
@@ -58,7 +61,7 @@ class OutputWish:
     region: RegionRef | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: one is made for each request, and freezing triples the cost
 class InferRequest:
     """A checked request.
 
@@ -70,6 +73,7 @@ class InferRequest:
         size_bytes: of all inputs.
         outputs: what to return, in order.
         timeout_us: the client's deadline, 0 when it named none.
+        heads: where `encode` keeps the JSON of answers to requests of the same form, when it may.
     """
 
     id: str | None
@@ -79,6 +83,47 @@ class InferRequest:
     size_bytes: int
     outputs: tuple[OutputWish, ...]
     timeout_us: int
+    heads: dict[Any, bytes] | None = None
+
+
+class Form:
+    """What the JSON of a binary request says: all but the bytes.
+
+    Most clients send the same JSON with every request, so what was read and checked once is kept
+    with the interface it was checked against, under the JSON's bytes.
+    """
+
+    __slots__ = ("n_bytes", "places", "request")
+
+    def __init__(self, request: InferRequest, places: Sequence["_Place"], n_bytes: int) -> None:
+        self.places = tuple(places)
+        self.n_bytes = n_bytes
+        self.request = replace(request, inputs={}, heads={})
+
+    def fill(self, body: "Body") -> InferRequest:
+        """The request, with the tensors in `body`."""
+        like, buffer, base = self.request, body.binary, body.binary_offset
+        inputs = {
+            name: _view(buffer, base + offset, datatype, shape, where)
+            for name, offset, datatype, shape, where in self.places
+        }
+        return InferRequest(
+            None,
+            inputs,
+            like.rows,
+            like.batch_key,
+            like.size_bytes,
+            like.outputs,
+            like.timeout_us,
+            like.heads,
+        )
+
+
+_Place = tuple[
+    str, int, Datatype, tuple[int, ...], str
+]  # name, offset, type, shape, path in the JSON
+_FORMS_MAX = 64  # kept for a revision: a few clients with a few batch sizes each
+_FORM_BYTES_MAX = 1 << 10  # of JSON: three or four tensors
 
 
 class Body:
@@ -133,6 +178,10 @@ def decode(
     """
     if body.raw:
         return _decode_raw(body, interface)
+    n_bytes = len(body.binary) - body.binary_offset
+    form = interface.forms.get(body.json)
+    if form is not None and form.n_bytes == n_bytes:
+        return form.fill(body)
     document, n_arrays = jsontext.parse(body.json, envelope_bytes_max)
     if not isinstance(document, dict):
         _refuse("the body", "a JSON object", "")
@@ -141,13 +190,19 @@ def decode(
     if request_id is not None:
         request_id = _text(request_id, "id")
     wishes = _outputs(document.get("outputs"), parameters, interface, memory)
-    inputs, n_read = _inputs(document.get("inputs"), body, interface, memory, lease)
+    inputs, n_read, places = _inputs(document.get("inputs"), body, interface, memory, lease)
     if n_read != n_arrays:
         # Such an array was never parsed; refusing it keeps the promise of strict JSON.
         raise RequestError(
             "`data` outside of an input", where="body", remedy="send `data` in `inputs` only"
         )
-    return _checked(request_id, inputs, wishes, _timeout(parameters), interface)
+    request = _checked(request_id, inputs, wishes, _timeout(parameters), interface)
+    is_plain = request_id is None and all(wish.binary and wish.region is None for wish in wishes)
+    if is_plain and len(places) == len(inputs) and len(body.json) <= _FORM_BYTES_MAX:
+        if len(interface.forms) >= _FORMS_MAX:
+            interface.forms.clear()
+        interface.forms[body.json] = Form(request, places, n_bytes)
+    return request
 
 
 # -- inputs
@@ -155,14 +210,15 @@ def decode(
 
 def _inputs(
     entries: Any, body: Body, interface: Interface, memory: SharedMemory | None, lease: Lease
-) -> tuple[dict[str, torch.Tensor], int]:
-    """The tensors, and how many of them came from a `NumberText`."""
+) -> tuple[dict[str, torch.Tensor], int, list[_Place]]:
+    """The tensors, how many of them came from a `NumberText`, and where the binary ones lie."""
     expected = interface.inputs
     if not isinstance(entries, list) or not entries:
         _refuse("`inputs`", "a list with at least one tensor", "inputs")
     tensors: dict[str, torch.Tensor] = {}
     offset = body.binary_offset
     n_read = 0
+    places: list[_Place] = []
     for position, entry in enumerate(entries):
         where = f"inputs[{position}]"
         name = _text(_object(entry, where).get("name"), f"{where}.name")
@@ -188,6 +244,7 @@ def _inputs(
             )
         if size is not None:
             tensors[name] = _binary(body.binary, offset, size, datatype, shape, where)
+            places.append((name, offset - body.binary_offset, datatype, shape, where))
             offset += size
         elif ref is not None and memory is not None:
             _check_size(
@@ -209,7 +266,7 @@ def _inputs(
         raise RequestError(
             f"missing {', '.join(missing)}", where="inputs", remedy="send every input of the model"
         )
-    return tensors, n_read
+    return tensors, n_read, places
 
 
 def _datatype(value: Any, spec: TensorSpec, where: str) -> Datatype:
@@ -306,7 +363,8 @@ def _numbers(data: Any, datatype: Datatype, shape: tuple[int, ...], where: str) 
     if not values:
         return torch.empty(shape, dtype=datatype.torch_dtype)
     tensor = torch.frombuffer(values, dtype=datatype.torch_dtype).view(shape)
-    if datatype.kind == "float" and not torch.isfinite(tensor).all():
+    # The parser refuses what is beyond FP64, so only narrowing can overflow.
+    if datatype.name == "FP32" and not np.isfinite(tensor.numpy()).all():
         raise RequestError(
             f"a number beyond {datatype.name}", where=where, remedy="send finite values"
         )

@@ -126,8 +126,7 @@ class Inference:
     ) -> Answer:
         answer = encode(
             lane.served.name,
-            request.id,
-            request.outputs,
+            request,
             outcome.outputs,
             outcome.revision,
             outcome.plan_id,

@@ -30,9 +30,6 @@ PIECE_BYTES = 64 << 10  # orjson reads it in 0.3 to 0.7 ms
 ARRAYS_MAX = 1024  # tensors of one request; graphs have a handful of inputs
 
 _ARRAY_START = re.compile(rb"[ \t\r\n]*:[ \t\r\n]*(?=\[)")
-# Everything that arrays of numbers or of true and false are made of; a run of it ends at the next
-# quote or brace.
-_RUN = re.compile(rb"[0-9eE+\-., \t\r\n\[\]truefals]*")
 _STAND_IN = b"-Infinity"
 _SPACE = b" \t\r\n"
 # Number and word characters become "0": what stays is the nesting.
@@ -109,7 +106,7 @@ def number_text(values: list[Any], where: str) -> NumberText:
 
 def read_numbers(
     source: NumberText, datatype: Datatype, shape: Sequence[int], where: str
-) -> array[Any]:
+) -> "array[Any]":
     """The elements in row-major order.
 
     The text is either flat or nested exactly as `shape` says. Nesting is proven on the text's
@@ -119,26 +116,33 @@ def read_numbers(
         RequestError: the nesting or the element count does not fit the shape, or a value does not
             fit the type.
     """
+    text = source.text
     n_elements = prod(shape)
-    _check_nesting(source.text, shape, n_elements, where)
-    if datatype.kind != "bool" and (b"u" in source.text or b"l" in source.text):
-        _refuse_value("true or false", datatype, where)
+    is_flat = text.count(b"[") == 1
+    if not is_flat:
+        _check_nesting(text, shape, n_elements, where)
+    if datatype.kind != "bool" and (b"u" in text or b"l" in text):
+        _refuse_value("true, false or null", datatype, where)
     values = array(datatype.array_code)
-    for piece in _pieces(source.text, where):
+    for piece in (text,) if is_flat and len(text) <= PIECE_BYTES else _pieces(text, where):
         try:
-            numbers = orjson.loads(b"[" + piece + b"]")
+            numbers = orjson.loads(piece)
         except ValueError as error:
             raise RequestError(
                 f"malformed number: {error}", where=where, remedy="send RFC 8259 JSON"
             ) from None
         if datatype.kind == "bool" and not set(map(type, numbers)) <= {bool}:
-            _refuse_value("a number", datatype, where)
+            _refuse_value("a number or null", datatype, where)
         try:
             values.fromlist(numbers)
         except (TypeError, OverflowError):
             _refuse_value(_first_misfit(numbers, datatype), datatype, where)
     if len(values) != n_elements:
-        _refuse_count(len(values), shape, n_elements, where)
+        raise RequestError(
+            f"{len(values)} elements, but shape {list(shape)} takes {n_elements}",
+            where=where,
+            remedy="send as many as the shape",
+        )
     return values
 
 
@@ -173,19 +177,18 @@ def _cut_arrays(body: bytes) -> tuple[bytes, list[tuple[int, NumberText]]]:
 
 
 def _array_end(body: bytes, start: int) -> int:
-    """One past the array at `start`; 0 when it holds anything but numbers and booleans."""
-    run_end = start
-    while run_end < len(body):
-        step_end = min(run_end + PIECE_BYTES, len(body))
-        match = _RUN.match(body, run_end, step_end)
-        assert match is not None  # the pattern also matches nothing
-        run_end = match.end()
-        if run_end < step_end:
-            break
-    # The run may swallow brackets that close what is around the array: `"data":[1]}` ends it,
-    # `"data":[1]]` does not and is no JSON of ours. So the array ends at the run's last bracket, if
-    # they balance.
-    end = body.rfind(b"]", start, run_end) + 1
+    """One past the array at `start`; 0 when it holds strings or objects.
+
+    Numbers have no quotes and braces, so the array lies before the next of these, maybe together
+    with brackets that close what is around it. It ends at the last bracket before them, if the
+    brackets balance; if not, the document is malformed. What is in it is proven when it is read.
+    """
+    stop = body.find(b'"', start)
+    stop = len(body) if stop < 0 else stop
+    for brace in (b"{", b"}"):
+        found = body.find(brace, start, stop)
+        stop = stop if found < 0 else found
+    end = body.rfind(b"]", start, stop) + 1
     if end == 0 or body.count(b"[", start, end) != body.count(b"]", start, end):
         return 0
     return end
@@ -262,13 +265,8 @@ def _check_nesting(text: bytes, shape: Sequence[int], n_elements: int, where: st
     )
     # A number right before an opening or after a closing bracket would vanish with the bracket.
     torn = b"0[" in skeleton or b"]0" in skeleton
-    any_number = b"0" in skeleton
     skeleton = skeleton.translate(None, b"0")
-    if not torn and skeleton.count(b"[") == 1:  # flat: commas only, whatever the shape
-        found = len(skeleton) - 1 if any_number else 0
-        if found != n_elements:
-            _refuse_count(found, shape, n_elements, where)
-    elif torn or len(skeleton) != _skeleton_bytes(shape) or skeleton != _skeleton(shape):
+    if torn or len(skeleton) != _skeleton_bytes(shape) or skeleton != _skeleton(shape):
         raise RequestError(
             f"the nesting does not follow shape {list(shape)}",
             where=where,
@@ -291,7 +289,7 @@ def _skeleton(shape: Sequence[int]) -> bytes:
 
 
 def _pieces(text: bytes, where: str) -> Iterator[bytes]:
-    """The text without brackets, cut at commas; a missing or doubled comma stays visible."""
+    """The text as flat arrays, cut at commas; a missing or doubled comma shows in one or in the count."""
     start = 0
     while len(text) - start > PIECE_BYTES:
         end = text.rfind(b",", start, start + PIECE_BYTES)
@@ -299,9 +297,9 @@ def _pieces(text: bytes, where: str) -> Iterator[bytes]:
             raise RequestError(
                 "a number is longer than 64 KiB", where=where, remedy="send RFC 8259 JSON"
             )
-        yield text[start:end].translate(None, b"[]")
+        yield b"[" + text[start:end].translate(None, b"[]") + b"]"
         start = end + 1
-    yield text[start:].translate(None, b"[]")
+    yield b"[" + text[start:].translate(None, b"[]") + b"]"
 
 
 def _first_misfit(numbers: list[Any], datatype: Datatype) -> str:
@@ -316,12 +314,4 @@ def _first_misfit(numbers: list[Any], datatype: Datatype) -> str:
 def _refuse_value(what: str, datatype: Datatype, where: str) -> NoReturn:
     raise RequestError(
         f"{what} is no {datatype.name}", where=where, remedy="send values of the declared datatype"
-    )
-
-
-def _refuse_count(found: int, shape: Sequence[int], n_elements: int, where: str) -> NoReturn:
-    raise RequestError(
-        f"{found} elements, but shape {list(shape)} takes {n_elements}",
-        where=where,
-        remedy="send as many as the shape",
     )

@@ -87,6 +87,7 @@ class DataServer:
         config = Config(
             self._plane,
             http=GuardedProtocol,
+            interface="asgi3",
             ws="none",
             lifespan="off",
             log_config=None,
