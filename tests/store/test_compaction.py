@@ -67,7 +67,7 @@ def test_recovery_is_the_same_before_and_after_compaction_and_restart(
 @given(histories(), st.integers(0, 10))
 def test_reach_keeps_older_revisions_within_replay(ops: list[Op], back: int) -> None:
     with (
-        TemporaryDirectory() as parent,
+        memory_folder() as parent,
         StateFolder.open(parent, wall_ns=lambda: 0) as folder,
     ):
         engine = Engine(folder)
