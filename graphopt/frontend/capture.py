@@ -62,7 +62,8 @@ def functional(program: ExportedProgram) -> ExportedProgram:
 
 def _decomposed(program: ExportedProgram) -> ExportedProgram:
     try:
-        return program.run_decompositions({})
+        functional_form: ExportedProgram = program.run_decompositions({})
+        return functional_form
     except Exception as error:
         raise ImportRefusedError(
             f"torch cannot bring the program into functional form: {_first_line(error)}",

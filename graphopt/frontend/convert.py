@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
@@ -20,21 +20,12 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from graphopt.constants import SHORT_DTYPES
 from graphopt.errors import DeltaError, ImportRefusedError, UnknownOpError
 from graphopt.frontend.names import Place, assign_ids, module_place
+from graphopt.frontend.noops import INDEX_END, are_whole, is_noop
 from graphopt.graph import Const, Node, Ref
 from graphopt.nodes import is_placement, make_node
 from graphopt.ops import get_spec
 
-INDEX_END = 2**63 - 1  # what torch writes for "to the end"
 POWER_MAX = 8  # size ** n is written as products up to here; more is no shape anyone computes
-_ALIASES = frozenset(
-    {
-        "aten.alias.default",
-        "aten.detach.default",
-        "aten.lift_fresh_copy.default",
-        "aten.lift.default",
-    }
-)
-_COPIES = frozenset({"aten.clone.default", "aten._to_copy.default"})
 _BATCH_NORM = "aten._native_batch_norm_legit_no_training.default"
 _SYM_OPS: dict[Any, str] = {
     operator.add: "sym.add",
@@ -129,7 +120,7 @@ class Reader:
             image, weight, bias, mean, var, momentum, eps = args
             args = (image, weight, bias, mean, var, False, momentum, eps, True)
             return (self._emit(node, "aten.batch_norm.default", args, {}),)
-        if op == "aten.index.Tensor" and _are_whole(node.args[1]):
+        if op == "aten.index.Tensor" and are_whole(node.args[1]):
             # With whole-number indices the result's shape is known; this overload takes no others.
             op = "aten._unsafe_index.Tensor"
         if op == "aten.slice.Tensor" and len(args) > 3 and args[3] == INDEX_END:
@@ -190,25 +181,6 @@ def getattr_path(module: Any, path: str) -> Any:
     for part in path.split("."):
         module = getattr(module, part)
     return module
-
-
-def is_noop(node: fx.Node, op: str) -> bool:
-    """Whether the op returns its first operand, in a graph whose values are never written to."""
-    if op in _ALIASES:
-        return True
-    source = node.args[0] if node.args else None
-    before = source.meta.get("val") if isinstance(source, fx.Node) else None
-    after = node.meta.get("val")
-    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
-        return False
-    if op in _COPIES:
-        # Strides are compared as written: asking for equality would add guards.
-        same_layout = [str(s) for s in before.stride()] == [str(s) for s in after.stride()]
-        return before.dtype == after.dtype and same_layout
-    if op == "aten.slice.Tensor":
-        start, end, step = (*node.args[2:], *(None, None, 1)[len(node.args) - 2 :])
-        return start in (None, 0) and end in (None, INDEX_END) and step == 1
-    return False
 
 
 def live_steps(steps: Iterable[Step], outputs: Iterable[Any]) -> list[Step]:
@@ -291,14 +263,6 @@ def _final(value: Any, ids: Mapping[Step, str]) -> Any:
     if value is None or isinstance(value, bool | int | float | str | Ref | Const):
         return value
     raise ValueError(f"an argument of type {type(value).__name__} cannot be held")
-
-
-def _are_whole(indices: Any) -> bool:
-    values = [index.meta.get("val") for index in indices if isinstance(index, fx.Node)]
-    return all(
-        isinstance(value, torch.Tensor) and value.dtype in (torch.int32, torch.int64)
-        for value in values
-    )
 
 
 def _each_out(value: Any, visit: Callable[[Step], None]) -> None:

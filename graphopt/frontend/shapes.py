@@ -6,7 +6,7 @@ Deliberately absent: solving relations between dims (torch does, and refuses wha
 from collections.abc import Mapping
 from typing import Any
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind

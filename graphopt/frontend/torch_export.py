@@ -23,9 +23,9 @@ from graphopt.frontend.convert import Out, Reader, Step, live_steps, make_nodes,
 from graphopt.frontend.examples import Call, Shapes, prepare_call
 from graphopt.frontend.names import module_place, unique_name
 from graphopt.frontend.shapes import dim_names, input_values, symbols, to_dim
-from graphopt.frontend.signature import leaf_name, output_name
 from graphopt.frontend.weights import read_weights
 from graphopt.graph import Const, Graph, Ref
+from graphopt.signature import leaf_name, output_name
 from graphopt.types import TensorType
 
 _MUTATIONS = {
