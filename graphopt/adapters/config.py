@@ -76,7 +76,7 @@ HONOURED = frozenset(
 ALL_LINEAR = "all-linear"
 # Initialisers whose outcome lies wholly in A and B. The others (pissa, olora, corda, lora_ga, loftq)
 # also change the base weights: PEFT computes that change again at load time.
-_INITS_KEPT_IN_FACTORS = (True, False, "gaussian", "eva", "orthogonal", "mica")
+_INITS_KEPT_IN_FACTORS = ("gaussian", "eva", "orthogonal", "mica")
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,9 +172,8 @@ def _refuse_unsupported(document: Mapping[str, object], reader: "_Reader") -> No
             (name, REFUSED.get(name, "unknown here; save with PEFT 0.21 or leave it empty"))
         )
     init = document.get("init_lora_weights", True)
-    if not any(
-        init is kept or (init == kept and type(init) is str) for kept in _INITS_KEPT_IN_FACTORS
-    ):
+    plain_init = init is None or isinstance(init, bool)
+    if not plain_init and str(init).lower() not in _INITS_KEPT_IN_FACTORS:
         faults.append(
             (
                 "init_lora_weights",

@@ -102,7 +102,7 @@ class _TooLongError(Exception):
 class _Run:
     """One name being matched: the text, its positions by character test, and the budget."""
 
-    __slots__ = ("chars", "end", "full", "steps", "text")
+    __slots__ = ("chars", "end", "full", "masks", "steps", "text")
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -111,6 +111,7 @@ class _Run:
         self.chars: dict[str, int] = {}  # a bit for each place where the character stands
         for i, char in enumerate(text):
             self.chars[char] = self.chars.get(char, 0) | 1 << i
+        self.masks: dict[int, int] = {}  # the same for each character test, by its id
         self.steps = 0
 
     def spend(self) -> None:
@@ -169,7 +170,10 @@ def _literal(wanted: str) -> _Step:
 def _character(test: Callable[[str], bool]) -> _Step:
     def run(state: _Run, positions: int) -> int:
         state.spend()
-        mask = sum(places for char, places in state.chars.items() if test(char))
+        mask = state.masks.get(id(test))
+        if mask is None:
+            mask = sum(places for char, places in state.chars.items() if test(char))
+            state.masks[id(test)] = mask
         return (positions & mask) << 1
 
     return run

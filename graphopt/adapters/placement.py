@@ -131,7 +131,11 @@ def _absent_error(
     detail = []
     for name in absent[:DETAIL_MAX]:
         placed = placement.place(name) or name
-        detail.append((name, nearest(placed, known) or "nothing in the model has a similar name"))
+        if any(tensor.startswith(f"{placed}.") for tensor in graph_tensors):
+            reason = "is there, but it is not a layer that an adapter can change"
+        else:
+            reason = nearest(placed, known) or "nothing in the model has a similar name"
+        detail.append((name, reason))
     if len(absent) > DETAIL_MAX:
         detail.append(("...", f"and {len(absent) - DETAIL_MAX} more"))
     return AdapterError(

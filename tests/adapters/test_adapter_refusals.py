@@ -102,6 +102,11 @@ def test_a_field_that_changes_answers_is_refused_by_name(field: str, value: obje
     parse_config({**BASE, field: None}, "x")
 
 
+@pytest.mark.parametrize("init", [True, False, None, "Gaussian", "eva", "orthogonal", "mica"])
+def test_an_initialiser_whose_outcome_is_in_the_factors_is_accepted(init: object) -> None:
+    assert parse_config({**BASE, "init_lora_weights": init}, "x").r == 8
+
+
 @pytest.mark.parametrize(
     "init", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", 1, "x"]
 )
@@ -269,6 +274,12 @@ def test_an_adapter_for_another_model_lists_the_absent_modules(
         "encoder.layer.2.attention.self.query",
         "encoder.layer.2.attention.self.value",
     ]
+
+
+def test_a_layer_of_an_unsupported_kind_is_named_as_such(model: nn.Module, folder: Path) -> None:
+    sites = {name: s for name, s in sites_of(model).items() if name != Q0}
+    error = refusal(lambda: read(folder).resolve(sites, model.state_dict()))
+    assert error.detail == ((Q0, "is there, but it is not a layer that an adapter can change"),)
 
 
 def renamed(
