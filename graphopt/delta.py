@@ -9,7 +9,7 @@ Laws, proven in tests/property/test_delta_laws.py:
     apply(apply(g, a), invert(a, g)) == g
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,11 +17,18 @@ import torch
 
 from graphopt.constants import constant_of
 from graphopt.draft import Change, Draft
-from graphopt.errors import DeltaError, GraphoptError, LimitError, PreconditionError, UnknownNodeError, nearest
+from graphopt.errors import (
+    DeltaError,
+    GraphoptError,
+    LimitError,
+    PreconditionError,
+    UnknownNodeError,
+    nearest,
+)
 from graphopt.graph import Arg, Constant, Graph, Node, Ref, Symbol
 from graphopt.limits import EDITS_MAX
 from graphopt.nodes import make_node
-from graphopt.types import TensorType
+from graphopt.types import TensorType, ValueType
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +88,9 @@ class SetAttr:
         if idx is None:
             names = [param.name for param in node.spec.params]
             remedy = nearest(self.name, names) or f"its parameters are {', '.join(names)}"
-            raise DeltaError(f"{node.op} has no parameter {self.name!r}", where=self.node, remedy=remedy)
+            raise DeltaError(
+                f"{node.op} has no parameter {self.name!r}", where=self.node, remedy=remedy
+            )
         bound = node.bound() | {self.name: self.value}
         positional = [bound[param.name] for param in node.spec.params if not param.is_keyword]
         keywords = {param.name: bound[param.name] for param in node.spec.params if param.is_keyword}
@@ -105,7 +114,12 @@ class PutConstant:
         aliases: tuple[str, ...] = (),
     ) -> None:
         constant = value if isinstance(value, Constant) else constant_of(value)
-        for attribute, given in (("name", name), ("constant", constant), ("is_param", is_param), ("aliases", aliases)):
+        for attribute, given in (
+            ("name", name),
+            ("constant", constant),
+            ("is_param", is_param),
+            ("aliases", aliases),
+        ):
             object.__setattr__(self, attribute, given)
 
     def apply(self, draft: Draft) -> None:
@@ -166,9 +180,27 @@ class SetOutputs:
 
 
 Primitive = (
-    AddNode | RemoveNode | Rewire | SetAttr | PutConstant | DropConstant | AddInput | DropInput | SetOutputs
+    AddNode
+    | RemoveNode
+    | Rewire
+    | SetAttr
+    | PutConstant
+    | DropConstant
+    | AddInput
+    | DropInput
+    | SetOutputs
 )
-PRIMITIVES = (AddNode, RemoveNode, Rewire, SetAttr, PutConstant, DropConstant, AddInput, DropInput, SetOutputs)
+PRIMITIVES = (
+    AddNode,
+    RemoveNode,
+    Rewire,
+    SetAttr,
+    PutConstant,
+    DropConstant,
+    AddInput,
+    DropInput,
+    SetOutputs,
+)
 
 
 @runtime_checkable
@@ -233,9 +265,11 @@ def apply(graph: Graph, delta: Delta) -> Graph:
     return apply_fully(graph, delta).graph
 
 
-def apply_fully(graph: Graph, delta: Delta) -> Applied:
-    """Like `apply`, and says what changed and what the macros expanded to."""
-    draft = Draft(graph)
+def apply_fully(
+    graph: Graph, delta: Delta, types: Callable[[Ref], ValueType] | None = None
+) -> Applied:
+    """Like `apply`, and says what changed and what the macros expanded to. `types` answers macros that ask for a value's type."""
+    draft = Draft(graph, types)
     expansion: list[Primitive] = []
     for idx, edit in enumerate(delta.edits):
         try:
@@ -246,9 +280,18 @@ def apply_fully(graph: Graph, delta: Delta) -> Applied:
             error.where = f"edits[{idx}]{' ' + error.where if error.where else ''}"
             raise
         if len(expansion) > EDITS_MAX:
-            raise LimitError(f"more than {EDITS_MAX} edits", where=f"edits[{idx}]", remedy="send several deltas")
+            raise LimitError(
+                f"more than {EDITS_MAX} edits", where=f"edits[{idx}]", remedy="send several deltas"
+            )
     after = draft.finish()
-    expanded = Delta(expansion, delta.graph, delta.if_revision, delta.id, delta.allow_interface_change, delta.source)
+    expanded = Delta(
+        expansion,
+        delta.graph,
+        delta.if_revision,
+        delta.id,
+        delta.allow_interface_change,
+        delta.source,
+    )
     return Applied(after, draft.change(after), expanded)
 
 
@@ -270,8 +313,8 @@ def difference(old: Graph, new: Graph, change: Change | None = None) -> Delta:
     Without it every id is compared: O(n), by identity where the graphs share structure.
     """
     if change is None:
-        nodes: Iterable[str] = old.nodes.keys() | new.nodes.keys()
-        constants: Iterable[str] = old.constants.keys() | new.constants.keys()
+        nodes: Iterable[str] = {*old.nodes, *new.nodes}
+        constants: Iterable[str] = {*old.constants, *new.constants}
     else:
         nodes, constants = change.nodes | change.removed, change.constants
     edits: list[Primitive] = []
@@ -308,4 +351,7 @@ def _input_edits(old: Graph, new: Graph) -> list[Primitive]:
     while same < min(len(old.inputs), len(new.inputs)) and old.inputs[same] == new.inputs[same]:
         same += 1
     drops = [DropInput(name) for name, _ in old.inputs[same:]]
-    return [*drops, *(AddInput(name, type_, None, new.symbols) for name, type_ in new.inputs[same:])]
+    return [
+        *drops,
+        *(AddInput(name, type_, None, new.symbols) for name, type_ in new.inputs[same:]),
+    ]

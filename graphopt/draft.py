@@ -4,7 +4,7 @@ Edits may pass through states that are not graphs (a node removed while still us
 touched. The draft records what it touched, which `change` returns for incremental analysis.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import immutables
@@ -22,7 +22,7 @@ from graphopt.dims import symbols_of
 from graphopt.graph import HASH_MODULUS, Constant, Graph, Node, Ref, Symbol, part_digest
 from graphopt.limits import NAME_CHARS_MAX
 from graphopt.order import GAP, LabelsExhaustedError, place, repair, topological
-from graphopt.types import TensorType
+from graphopt.types import TensorType, ValueType
 
 OUTPUT_PREFIX = "output:"  # the user `output:logits` is the graph output called logits
 
@@ -43,8 +43,10 @@ class Change:
 class Draft:
     """One graph on its way to the next. Every method raises DeltaError subclasses; a raised draft is thrown away."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, types: Callable[[Ref], ValueType] | None = None) -> None:
+        """`types` answers for `graph`'s values; macros that ask about types need it."""
         self.base = graph
+        self._types = types
         self.name = graph.name
         self.symbols = graph.symbols
         self.inputs = dict(graph.inputs)
@@ -137,8 +139,9 @@ class Draft:
         items.insert(len(items) if position is None else position, (name, type_))
         self.inputs = dict(items)
         self._touched_uses.add(name)
-        known = {symbol.name for symbol in self.symbols}
         ranges = {symbol.name: symbol for symbol in symbols}
+        self.symbols = tuple(ranges.get(symbol.name, symbol) for symbol in self.symbols)
+        known = {symbol.name for symbol in self.symbols}
         wanted = sorted(set().union(*(symbols_of(dim) for dim in type_.shape)) - known)
         self.symbols = (*self.symbols, *(ranges.get(name, Symbol(name)) for name in wanted))
 
@@ -173,6 +176,16 @@ class Draft:
                 f"no node {id!r}", where=id, remedy=nearest(id, self.known_values())
             )
         return node
+
+    def order_key(self, id: str) -> tuple[int, str]:
+        """The sort key of a value by its place before the edits; values that are new sort last."""
+        return self.base.order_key(id) if id in self.base.labels or id not in self.nodes else (1 << 1024, id)
+
+    def type_of(self, ref: Ref) -> ValueType | None:
+        """The type a value had before the edits; None for a value that is new."""
+        if self._types is None:
+            raise DeltaError("this edit needs types", where=ref.id, remedy="apply it with the graph's facts")
+        return self._types(ref) if ref.id in self.base.nodes or ref.id in dict(self.base.inputs) else None
 
     def known_values(self) -> list[str]:
         """The ids of nodes and inputs, for error messages. O(n)."""

@@ -10,6 +10,7 @@ Deliberately absent: types (`graphopt.analysis` infers them), devices, execution
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
+from os import PathLike
 from typing import Any
 
 import immutables
@@ -204,6 +205,12 @@ class Graph:
         """All nodes in topological order. O(n log n): not for the live path."""
         for id in sorted(self.nodes, key=self.order_key):
             yield self.nodes[id]
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes the graph as a bundle: see `graphopt.bundle.save_bundle`."""
+        from graphopt.bundle import save_bundle  # bundles build on graphs
+
+        save_bundle(self, path)
 
     def __len__(self) -> int:
         return len(self.nodes)

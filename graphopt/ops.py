@@ -109,7 +109,7 @@ def get_overload(name: str) -> Any:
     if len(parts) == 3:
         namespace = getattr(torch.ops, parts[0], None)
         packet = getattr(namespace, parts[1], None) if namespace is not None else None
-        if packet is not None and parts[2] in packet.overloads():
+        if isinstance(packet, torch._ops.OpOverloadPacket) and parts[2] in packet.overloads():
             return getattr(packet, parts[2])
     raise UnknownOpError(f"no op {name!r}", where=name, remedy=_nearest_op(name))
 
@@ -237,7 +237,7 @@ def _nearest_op(name: str) -> str:
     if len(parts) != 3:
         return "write namespace.op.overload, for example aten.relu.default"
     packet = getattr(torch.ops.aten, parts[1], None) if parts[0] == "aten" else None
-    if packet is not None:
+    if isinstance(packet, torch._ops.OpOverloadPacket):
         return f"its overloads are {', '.join(packet.overloads())}"
     names = {
         schema.name.removeprefix("aten::")

@@ -38,7 +38,9 @@ class EagerBuilder:
         return bind_step(facts, block, "eager", function, constants)
 
 
-def bind_step(facts: Facts, block: str, tier: str, function: Function, constants: tuple[object, ...]) -> Step:
+def bind_step(
+    facts: Facts, block: str, tier: str, function: Function, constants: tuple[object, ...]
+) -> Step:
     """The step of `block` with `function`; reads, writes and frees come from the facts."""
     region = facts.regions[block]
     weights = weight_key(facts.graph, region)
@@ -101,7 +103,9 @@ def _stretch(graph: Graph, body: tuple[Step, ...], stale: set[str]) -> tuple[int
     return (min(found), max(found) + 1) if found else (len(body), len(body))
 
 
-def _walk(facts: Facts, body: tuple[Step, ...], first: int, last: int, remade: Set[str], make: MakeStep) -> list[Step]:
+def _walk(
+    facts: Facts, body: tuple[Step, ...], first: int, last: int, remade: Set[str], make: MakeStep
+) -> list[Step]:
     """The steps of the new graph's blocks between the kept rows before `first` and from `last` on."""
     kept = {step.block: step for step in body[first:last]}
     block = facts.blocks.next.get(body[first - 1].block if first else START)
@@ -119,7 +123,9 @@ def _frees(facts: Facts, block: str, region: Region) -> tuple[str, ...]:
     frees = []
     for ref in region.reads:
         last = facts.last_readers.get(ref)
-        if ref not in handed_out and (last == block or (last is None and ref.id in facts.blocks.member)):
+        if ref not in handed_out and (
+            last == block or (last is None and ref.id in facts.blocks.member)
+        ):
             frees.append(value_key(ref))
     return tuple(frees)
 

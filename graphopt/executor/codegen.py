@@ -72,7 +72,9 @@ class Source:
             items = ", ".join(self.arg(param, item) for item in value)
             return f"[{items}]"
         literal = torch_literal(param, value)
-        if isinstance(literal, float) and (literal != literal or literal in (float("inf"), float("-inf"))):
+        if isinstance(literal, float) and (
+            literal != literal or literal in (float("inf"), float("-inf"))
+        ):
             return self.bind(literal)
         if literal is None or isinstance(literal, bool | int | float | str):
             return repr(literal)
@@ -81,7 +83,9 @@ class Source:
     def call(self, node: Node) -> str:
         """The expression that runs `node` on its ordinary kernel."""
         positional = [param for param in node.spec.params if not param.is_keyword]
-        parts = [self.arg(param, value) for param, value in zip(positional, node.args, strict=False)]
+        parts = [
+            self.arg(param, value) for param, value in zip(positional, node.args, strict=False)
+        ]
         by_name = {param.name: param for param in node.spec.params}
         parts += [f"{name}={self.arg(by_name[name], value)}" for name, value in node.kwargs]
         return f"{self.bind(kernel_of(node.op), node.op.split('.')[1] + '_')}({', '.join(parts)})"
@@ -122,7 +126,11 @@ def release(lines: list[str], exits: str) -> list[str]:
     needed = set(_words(exits))
     for line in reversed(lines):
         local, _, expression = line.partition(" = ")
-        used = [w for w in dict.fromkeys(_words(expression)) if w[0] in "vx" and w[1:].isdigit() and w not in needed]
+        used = [
+            w
+            for w in dict.fromkeys(_words(expression))
+            if w[0] in "vx" and w[1:].isdigit() and w not in needed
+        ]
         if used:
             out.append(f"del {', '.join(used)}")
             needed.update(used)

@@ -52,7 +52,17 @@ class InputSpec:
 class Plan:
     """The steps for one revision of one graph. `id` names revision and steps: equal ids compute the same function the same way."""
 
-    __slots__ = ("__weakref__", "digest", "graph", "id", "inputs", "outputs", "revision", "steps", "symbols")
+    __slots__ = (
+        "__weakref__",
+        "digest",
+        "graph",
+        "id",
+        "inputs",
+        "outputs",
+        "revision",
+        "steps",
+        "symbols",
+    )
 
     def __init__(self, graph: Graph, revision: int, steps: tuple[Step, ...], digest: int) -> None:
         self.graph = graph
@@ -60,7 +70,9 @@ class Plan:
         self.steps = steps
         self.digest = digest
         self.id = f"r{revision}-{digest % (1 << 48):012x}"
-        self.inputs = tuple(InputSpec(name, type_, TORCH_DTYPES[type_.dtype]) for name, type_ in graph.inputs)
+        self.inputs = tuple(
+            InputSpec(name, type_, TORCH_DTYPES[type_.dtype]) for name, type_ in graph.inputs
+        )
         self.outputs = tuple((name, value_key(ref)) for name, ref in graph.outputs)
         self.symbols = graph.symbols
 
@@ -110,7 +122,9 @@ def run_steps(steps: tuple[Step, ...], env: dict[str, Any], symbols: Mapping[str
             env.update(zip(writes, out, strict=True))
 
 
-def bind_inputs(plan: Plan, inputs: Mapping[str, torch.Tensor]) -> tuple[dict[str, Any], dict[str, int]]:
+def bind_inputs(
+    plan: Plan, inputs: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, Any], dict[str, int]]:
     """The environment and the symbol values of a request; RequestError names input, dim and remedy."""
     env: dict[str, Any] = {}
     symbols: dict[str, int] = {}
@@ -118,7 +132,11 @@ def bind_inputs(plan: Plan, inputs: Mapping[str, torch.Tensor]) -> tuple[dict[st
         tensor = inputs.get(spec.name)
         if tensor is None:
             wanted = ", ".join(other.name for other in plan.inputs)
-            raise RequestError(f"input {spec.name!r} is missing", where=spec.name, remedy=f"the model takes {wanted}")
+            raise RequestError(
+                f"input {spec.name!r} is missing",
+                where=spec.name,
+                remedy=f"the model takes {wanted}",
+            )
         shape = tensor.shape
         if tensor.dtype is not spec.dtype or len(shape) != len(spec.type.shape):
             raise _mismatch(spec, tensor)
@@ -132,13 +150,17 @@ def bind_inputs(plan: Plan, inputs: Mapping[str, torch.Tensor]) -> tuple[dict[st
     if len(inputs) != len(plan.inputs):
         extra = next(name for name in inputs if all(name != spec.name for spec in plan.inputs))
         remedy = nearest(extra, [spec.name for spec in plan.inputs])
-        raise RequestError(f"the model has no input {extra!r}", where=extra, remedy=remedy or "leave it out")
+        raise RequestError(
+            f"the model has no input {extra!r}", where=extra, remedy=remedy or "leave it out"
+        )
     for symbol in plan.symbols:
         _check_range(symbol, symbols)
     return env, symbols
 
 
-def _bind_dim(spec: InputSpec, tensor: torch.Tensor, dim: Any, size: int, symbols: dict[str, int]) -> None:
+def _bind_dim(
+    spec: InputSpec, tensor: torch.Tensor, dim: Any, size: int, symbols: dict[str, int]
+) -> None:
     name = str(dim)
     known = symbols.get(name)
     if known is None and symbols_of(dim) == {name}:
@@ -146,7 +168,9 @@ def _bind_dim(spec: InputSpec, tensor: torch.Tensor, dim: Any, size: int, symbol
     elif (known if known is not None else evaluate(dim, symbols)) != size:
         wanted = known if known is not None else evaluate(dim, symbols)
         raise RequestError(
-            f"dim {name} is {size} in {spec.name}, {wanted} elsewhere", where=spec.name, remedy="make the inputs agree"
+            f"dim {name} is {size} in {spec.name}, {wanted} elsewhere",
+            where=spec.name,
+            remedy="make the inputs agree",
         )
 
 
@@ -155,10 +179,16 @@ def _check_range(symbol: Symbol, symbols: Mapping[str, int]) -> None:
     if size < symbol.min or (symbol.max is not None and size > symbol.max):
         upper = symbol.max if symbol.max is not None else "any size"
         raise RequestError(
-            f"{symbol.name} is {size}, the model takes {symbol.min} to {upper}", where=symbol.name, remedy="cut or pad the input"
+            f"{symbol.name} is {size}, the model takes {symbol.min} to {upper}",
+            where=symbol.name,
+            remedy="cut or pad the input",
         )
 
 
 def _mismatch(spec: InputSpec, tensor: torch.Tensor) -> RequestError:
     got = f"{SHORT_DTYPES.get(tensor.dtype, tensor.dtype)}[{', '.join(map(str, tensor.shape))}]"
-    return RequestError(f"input {spec.name} is {got}, the model takes {spec.type}", where=spec.name, remedy="convert or reshape it")
+    return RequestError(
+        f"input {spec.name} is {got}, the model takes {spec.type}",
+        where=spec.name,
+        remedy="convert or reshape it",
+    )

@@ -1,0 +1,303 @@
+"""How deltas become durable: the engine's side of the journal.
+
+A body is a canonical JSON document; tensors lie beside it in safetensors blobs keyed by content hash. A base (`load`, `fork`, `snapshot`) is the
+graph's text in one blob and the tensor blobs its constants lie in, so that a snapshot of an unchanged gigabyte costs one text. Without a state
+folder the ledger remembers delta ids and nothing else.
+"""
+
+import json
+import os
+import tempfile
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from graphopt.constants import constant_of, tensor_digest
+from graphopt.delta import Applied, PutConstant, apply
+from graphopt.delta_document import decode_delta, encode_delta
+from graphopt.documents import from_value
+from graphopt.draft import Draft
+from graphopt.engine.records import RevisionInfo
+from graphopt.errors import GraphoptError, StateCorruptError
+from graphopt.graph import Constant, Graph
+from graphopt.limits import DELTA_IDS_KEPT_MAX, REVISIONS_KEPT_MAX
+from graphopt.safe_file import Source
+from graphopt.safetensors_file import read_tensors, write_tensors
+from graphopt.store import (
+    CHECKPOINT_DUE_BYTES,
+    DELTA,
+    FORK,
+    LOAD,
+    SNAPSHOT,
+    SNAPSHOT_DUE_ROWS,
+    UNLOAD,
+    Entry,
+    Lineage,
+    Record,
+    StateFolder,
+)
+from graphopt.text import print_graph
+from graphopt.text_parser import parse_graph
+
+
+HISTORY_LINES_MAX = 1_000  # lines of `history` kept in memory; the journal has them all
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """A model as the journal has it: the graphs of its last revisions, the current one last, and its history."""
+
+    graphs: "OrderedDict[int, Graph]"
+    history: list[RevisionInfo]
+
+
+class Ledger(Protocol):
+    """Where a model's changes are made durable before they go live."""
+
+    def find(self, model: str, delta_id: str) -> tuple[str, str] | None:
+        """(content hash, answer) of an acknowledged delta of that id."""
+
+    def commit(
+        self,
+        model: str,
+        revision: int,
+        applied: Applied,
+        kind: str,
+        summary: str,
+        content_sha: str,
+        answer: str,
+    ) -> None:
+        """Durable on return; raises StateError and then the delta must not go live."""
+
+
+class MemoryLedger:
+    """Remembers delta ids within their bound; nothing survives the process."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[tuple[str, str], tuple[str, str]] = OrderedDict()
+
+    def find(self, model: str, delta_id: str) -> tuple[str, str] | None:
+        """See `Ledger`."""
+        return self._known.get((model, delta_id))
+
+    def commit(
+        self,
+        model: str,
+        revision: int,
+        applied: Applied,
+        kind: str,
+        summary: str,
+        content_sha: str,
+        answer: str,
+    ) -> None:
+        """See `Ledger`."""
+        if applied.expansion.id is not None:
+            self._known[model, applied.expansion.id] = (content_sha, answer)
+            if len(self._known) > DELTA_IDS_KEPT_MAX:
+                self._known.popitem(last=False)
+
+
+class JournalLedger:
+    """The ledger over a state folder. Any thread may call it; calls wait for each other."""
+
+    def __init__(self, folder: StateFolder) -> None:
+        self.folder = folder
+        self._lock = threading.RLock()
+        self._blob_of: dict[str, dict[str, str]] = {}  # model -> constant digest -> tensor blob
+        self._named: dict[
+            str, list[tuple[int, frozenset[str]]]
+        ] = {}  # model -> blobs of the deltas since its base
+
+    def find(self, model: str, delta_id: str) -> tuple[str, str] | None:
+        """See `Ledger`."""
+        known = self.folder.journal.find_delta(model, delta_id)
+        return (known.content_sha, known.answer) if known else None
+
+    def commit(
+        self,
+        model: str,
+        revision: int,
+        applied: Applied,
+        kind: str,
+        summary: str,
+        content_sha: str,
+        answer: str,
+    ) -> None:
+        """See `Ledger`. Blobs first, then the row."""
+        puts = {
+            e.constant.digest: e.constant
+            for e in applied.expansion.edits
+            if isinstance(e, PutConstant)
+        }
+        body = json.dumps(
+            {"kind": kind, "summary": summary, "delta": encode_delta(applied.expansion)},
+            separators=(",", ":"),
+            allow_nan=False,
+        )
+        with self._lock:
+            blob_of = self._blob_of[model]
+            new = {
+                digest: constant.tensor
+                for digest, constant in puts.items()
+                if digest not in blob_of
+            }
+            blob = self._put_tensors(new) if new else None
+            # Blobs of earlier rows whose constants this row puts again: compaction must not take them away.
+            named = frozenset(
+                {blob_of[d] for d in puts if d in blob_of} | ({blob} if blob else set())
+            )
+            try:
+                self.folder.journal.append([
+                    Entry(DELTA, model, revision, body, tuple(sorted(named)), applied.expansion.id, content_sha, answer)
+                ])  # fmt: skip
+            except GraphoptError:
+                self.folder.blobs.release([blob] if blob else [])
+                raise
+            if blob:
+                blob_of.update(dict.fromkeys(new, blob))
+            self._named[model].append((revision, named))
+
+    def load(
+        self, model: str, graph: Graph, revision: int, kind: str = LOAD, like: str | None = None
+    ) -> None:
+        """Journals the whole graph as a base; what lies in blobs already (of `like`, for a fork) is named, not written again."""
+        with self._lock:
+            known = dict(self._blob_of.get(like or model, {}))
+            wanted = {constant.digest: constant.tensor for constant in graph.constants.values()}
+            new = {digest: tensor for digest, tensor in wanted.items() if digest not in known}
+            if new:
+                known.update(dict.fromkeys(new, self._put_tensors(new)))
+            text = self.folder.blobs.put(print_graph(graph).encode())
+            tensors = sorted({known[digest] for digest in wanted})
+            body = json.dumps({"text": text, "tensors": tensors}, separators=(",", ":"))
+            self.folder.journal.append([Entry(kind, model, revision, body, (text, *tensors))])
+            later = [
+                (r, blobs)
+                for r, blobs in self._named.get(model, [])
+                if r > revision and kind == SNAPSHOT
+            ]
+            kept = set(tensors).union(*(blobs for _, blobs in later))
+            self._blob_of[model] = {digest: blob for digest, blob in known.items() if blob in kept}
+            self._named[model] = later
+
+    def fork(self, model: str, new: str, graph: Graph, revision: int) -> None:
+        """Journals `new` as a copy of `model`."""
+        self.load(new, graph, revision, FORK, like=model)
+
+    def unload(self, model: str, revision: int) -> None:
+        """Journals that the model is gone."""
+        with self._lock:
+            self.folder.journal.append([Entry(UNLOAD, model, revision, "{}")])
+            self._blob_of.pop(model, None)
+            self._named.pop(model, None)
+
+    def is_snapshot_due(self, model: str) -> bool:
+        """Whether so many deltas followed the base that recovery would be slow."""
+        return self.folder.journal.status().rows_since_base.get(model, 0) >= SNAPSHOT_DUE_ROWS
+
+    def snapshot(self, model: str, graph: Graph, revision: int) -> None:
+        """Journals the graph at `revision` as a base, then compacts. Off the live path; a delta waits while rows are dropped."""
+        with self._lock:
+            self.load(model, graph, revision, SNAPSHOT)
+            self.folder.compact()
+
+    def checkpoint(self) -> None:
+        """Moves the write-ahead log into the database when it has grown. Call when idle."""
+        if self.folder.journal.status().wal_bytes >= CHECKPOINT_DUE_BYTES:
+            self.folder.journal.checkpoint()
+
+    def recover(self) -> dict[str, "Recovered"]:
+        """Every loaded model as acknowledged. StateCorruptError when content is not what was written."""
+        return {
+            name: self._recover(name, lineage)
+            for name, lineage in self.folder.journal.lineages().items()
+        }
+
+    def _recover(self, name: str, lineage: Lineage) -> Recovered:
+        base = json.loads(lineage.base.body)
+        constants: dict[str, Constant] = {}
+        blob_of: dict[str, str] = {}
+        for blob in base["tensors"]:
+            self._read_blob(blob, constants, blob_of)
+        graph = parse_graph(self.folder.blobs.read(base["text"]).decode(), constants)
+        graph = _renamed(graph, name)
+        graphs = OrderedDict({lineage.base.revision: graph})
+        history = [_line(lineage.base, graph, lineage.base.kind, "")]
+        for record in lineage.increments:
+            for blob in record.blobs:
+                if blob not in set(blob_of.values()):
+                    self._read_blob(blob, constants, blob_of)
+            body = json.loads(record.body)
+            document = from_value(body["delta"], source=f"journal row {record.seq}")
+            graph = apply(graph, decode_delta(document, _Known(constants)))
+            graphs[record.revision] = graph
+            if len(graphs) > REVISIONS_KEPT_MAX:
+                graphs.popitem(last=False)
+            history.append(_line(record, graph, body["kind"], body["summary"]))
+        self._blob_of[name] = blob_of
+        self._named[name] = [
+            (record.revision, frozenset(record.blobs)) for record in lineage.increments
+        ]
+        return Recovered(graphs, history[-HISTORY_LINES_MAX:])
+
+    def _read_blob(
+        self, blob: str, constants: dict[str, Constant], blob_of: dict[str, str]
+    ) -> None:
+        for key, tensor in read_tensors(
+            self.folder.blobs.path(blob), label=f"blob {blob[:12]}"
+        ).items():
+            data = torch.view_as_complex(tensor) if key.startswith("c128:") else tensor
+            digest = key.removeprefix("c128:")
+            if tensor_digest(data.contiguous()) != digest:
+                raise StateCorruptError(
+                    f"a tensor of blob {blob} is not what was written",
+                    where=digest[:12],
+                    remedy="restore a backup",
+                )
+            constants[digest] = constant_of(data, digest=digest)
+            blob_of[digest] = blob
+
+    def _put_tensors(self, tensors: Mapping[str, torch.Tensor]) -> str:
+        content = {
+            f"c128:{digest}" if t.dtype is torch.complex128 else digest: torch.view_as_real(t) if t.dtype is torch.complex128 else t
+            for digest, t in tensors.items()
+        }  # fmt: skip
+        with tempfile.TemporaryFile(dir=self.folder.path) as file:
+            size = write_tensors(file.fileno(), content)
+            os.lseek(file.fileno(), 0, os.SEEK_SET)
+            return self.folder.blobs.put_fd(file.fileno(), size)
+
+
+class _Known:
+    """Constants of a recovery by content hash."""
+
+    def __init__(self, constants: Mapping[str, Constant]) -> None:
+        self._constants = constants
+
+    def files(self, path: str) -> Mapping[str, Source]:
+        """None: journaled deltas name no files."""
+        raise StateCorruptError(
+            f"a journaled delta names the file {path!r}", where=path, remedy="restore a backup"
+        )
+
+    def constant(self, digest: str) -> Constant | None:
+        """The constant of that hash."""
+        return self._constants.get(digest)
+
+
+def _line(record: Record, graph: Graph, kind: str, summary: str) -> RevisionInfo:
+    return RevisionInfo(
+        record.revision, kind, summary, record.delta_id, graph.hash, record.wall_ns / 1e9
+    )
+
+
+def _renamed(graph: Graph, name: str) -> Graph:
+    if graph.name == name:
+        return graph
+    draft = Draft(graph)
+    draft.name = name
+    return draft.finish()

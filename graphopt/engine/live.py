@@ -1,0 +1,283 @@
+"""One live model: its revisions, its published plan, and the one way from one to the next.
+
+`apply` is the live path (DESIGN section 4): validate, apply, infer the affected cone, plan the affected blocks with what needs no build,
+journal, publish, answer. Anything that raises leaves the model as it was. One writer at a time; requests never wait for it.
+"""
+
+import json
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+
+from graphopt.analysis.check import check_facts
+from graphopt.analysis.facts import Facts, Update, analyse, update
+from graphopt.delta import Applied as GraphApplied
+from graphopt.delta import Delta, apply_fully, difference
+from graphopt.engine.identity import delta_digest
+from graphopt.engine.interface import changes_interface, check_interface, check_outputs
+from graphopt.engine.ledger import HISTORY_LINES_MAX, Ledger, Recovered
+from graphopt.engine.records import Applied, DryRun, EngineSettings, Result, RevisionInfo
+from graphopt.engine.shelf import Shelf
+from graphopt.errors import DeltaError, DuplicateDeltaError, GraphoptError, PreconditionError
+from graphopt.executor.build import EagerBuilder, bind_step, build_plan, replan, weight_key
+from graphopt.executor.plan import Plan, Step
+from graphopt.executor.publish import Slot
+from graphopt.graph import Graph
+from graphopt.limits import REVISIONS_KEPT_MAX
+
+
+@dataclass(frozen=True, slots=True)
+class Clocks:
+    """Where the engine gets time from: `monotonic_s` measures, `wall_s` labels."""
+
+    monotonic_s: Callable[[], float]
+    wall_s: Callable[[], float]
+
+
+class LiveModel:
+    """A model that serves while it is edited. Made by `Host`."""
+
+    def __init__(
+        self,
+        name: str,
+        recovered: Recovered,
+        eager: EagerBuilder,
+        shelf: Shelf,
+        settings: EngineSettings,
+        clocks: Clocks,
+        ledger: Ledger,
+        improve: "Callable[[LiveModel], None]",
+    ) -> None:
+        self.name = name
+        self.settings = settings
+        self.ledger = ledger
+        self._graphs = recovered.graphs
+        revision, graph = next(reversed(recovered.graphs.items()))
+        self.facts = analyse(graph)
+        check_outputs(self.facts)
+        self.recent_inputs: Mapping[str, torch.Tensor] | None = (
+            None  # of the last request, to verify candidates on
+        )
+        self._eager = eager
+        self._shelf = shelf
+        self._clocks = clocks
+        self._improve = improve
+        self._writing = threading.RLock()
+        self._history: deque[RevisionInfo] = deque(recovered.history, maxlen=HISTORY_LINES_MAX)
+        self.slot = Slot(build_plan(self.facts, revision, self.live_step))
+
+    # -- serving
+
+    def run(self, inputs: Mapping[str, torch.Tensor]) -> Result:
+        """Runs one request in this thread on the published plan. RequestError when the inputs do not fit."""
+        outputs, plan = self.slot.run(inputs)
+        self.recent_inputs = inputs
+        return Result(outputs, plan.revision, plan.id)
+
+    @property
+    def graph(self) -> Graph:
+        """The current graph."""
+        return self.facts.graph
+
+    @property
+    def revision(self) -> int:
+        """The revision that every newly admitted request runs."""
+        return self.slot.plan.revision
+
+    # -- editing
+
+    def apply(self, delta: Delta, kind: str = "delta", summary: str = "") -> Applied:
+        """Makes the next revision; live when it returns. Raises DeltaError subclasses, and then nothing has changed."""
+        start_s = self._clocks.monotonic_s()
+        with self._writing:
+            known = self._find_repeat(delta)
+            if known is not None:
+                return known
+            try:
+                return self._apply(delta, kind, summary, start_s)
+            except GraphoptError as error:
+                self.settings.events("delta.rejected", {
+                    "graph": self.name, "revision": self.revision, "delta": delta.id, "code": error.code, "message": str(error),
+                })  # fmt: skip
+                raise
+
+    def dry_run(self, delta: Delta) -> DryRun:
+        """What `apply` would do; raises what it would raise."""
+        with self._writing:
+            applied, new = self._next(delta)
+        facts, graph = self.facts, applied.graph
+        have = {constant.digest for constant in facts.graph.constants.values()}
+        staged = {
+            name: graph.constants[name]
+            for name in applied.change.constants
+            if name in graph.constants
+        }
+        return DryRun(
+            self.revision, tuple(sorted(applied.change.nodes | applied.change.removed)), len(new.reran.get("type", ())),
+            tuple(sorted(_replanned(new))), len(new.facts.regions) - len(_replanned(new)),
+            sum(c.tensor.nbytes for c in staged.values() if c.digest not in have), changes_interface(facts, new.facts),
+        )  # fmt: skip
+
+    def rollback(self, revision: int) -> Applied:
+        """A new revision whose graph equals that of `revision`. PreconditionError when it is not kept any more."""
+        with self._writing:
+            target = self.graph_at(revision)
+            delta = difference(self.graph, target)
+            allowed = Delta(delta.edits, allow_interface_change=True)
+            return self.apply(allowed, "rollback", f"rollback to revision {revision}")
+
+    def graph_at(self, revision: int) -> Graph:
+        """The graph of a revision that is kept in memory. PreconditionError otherwise."""
+        graph = self._graphs.get(revision)
+        if graph is None:
+            kept = list(self._graphs)
+            raise PreconditionError(
+                f"revision {revision} is not kept",
+                where=self.name,
+                remedy=f"kept are {kept[0]} to {kept[-1]}",
+            )
+        return graph
+
+    def snapshot(self, write: Callable[[str, Graph, int], None]) -> None:
+        """Calls `write(name, graph, revision)` with a consistent pair."""
+        with self._writing:
+            graph, revision = self.graph, self.revision
+        write(self.name, graph, revision)
+
+    def history(self) -> list[RevisionInfo]:
+        """The last revisions, oldest first."""
+        return list(self._history)
+
+    # -- plans
+
+    def live_step(self, facts: Facts, block: str) -> Step:
+        """The best step that can go live at once: verified for exactly this region and these weights, else eager."""
+        region = facts.regions[block]
+        found = self._shelf.find((region.key, weight_key(facts.graph, region)))
+        if found is not None:
+            return bind_step(facts, block, found.tier, found.function, found.constants)
+        return self._eager(facts, block)
+
+    def publish_steps(self, revision: int, make: Callable[[Facts, str], Step]) -> bool:
+        """Publishes a plan of better steps for `revision`; False when the model has moved on."""
+        with self._writing:
+            if revision != self.revision:
+                return False
+            old = self.slot.plan
+            by_block = {step.block: step for step in old.steps}
+            plan = build_plan(
+                self.facts,
+                revision,
+                lambda facts, block: _keep(by_block, block, make(facts, block)),
+            )
+            if plan.id == old.id:
+                return True
+            self.slot.publish(plan)
+            self.settings.events("plan.published", {
+                "graph": self.name, "revision": revision, "plan": plan.id, "tiers": plan.tiers(),
+            })  # fmt: skip
+            return True
+
+    # -- helpers
+
+    def _find_repeat(self, delta: Delta) -> Applied | None:
+        if delta.id is None:
+            return None
+        digest = delta_digest(delta)
+        known = self.ledger.find(self.name, delta.id)
+        if known is None:
+            return None
+        if known[0] != digest:
+            raise DuplicateDeltaError(
+                f"delta id {delta.id!r} was used before for another delta",
+                where="id",
+                remedy="give this delta an id of its own",
+            )
+        return Applied(**json.loads(known[1]))
+
+    def _next(self, delta: Delta) -> tuple[GraphApplied, Update]:
+        if delta.graph is not None and delta.graph != self.name:
+            raise DeltaError(
+                f"the delta is for graph {delta.graph!r}, this is {self.name!r}",
+                where="graph",
+                remedy="send it there",
+            )
+        delta.check_revision(self.revision)
+        facts = self.facts
+        applied = apply_fully(facts.graph, delta, facts.type_of)
+        new = update(facts, applied.graph, applied.change)
+        check_outputs(new.facts)
+        if not delta.allow_interface_change and (
+            applied.change.outputs or applied.change.inputs or "type" in new.reran
+        ):
+            check_interface(facts, new.facts)
+        if self.settings.verify:
+            check_facts(new.facts)
+        return applied, new
+
+    def _apply(self, delta: Delta, kind: str, summary: str, start_s: float) -> Applied:
+        applied, new = self._next(delta)
+        revision = self.revision + 1
+        plan, replanned = replan(self.slot.plan, new, revision, self.live_step)
+        answer = Applied(
+            revision, len(applied.change.nodes | applied.change.removed), len(new.reran.get("type", ())),
+            replanned, len(plan.steps) - replanned, 0.0,
+        )  # fmt: skip
+        digest = delta_digest(delta) if delta.id is not None else ""
+        text = summary or _summary(delta)
+        self.ledger.commit(
+            self.name, revision, applied, kind, text, digest, json.dumps(asdict(answer))
+        )
+        self._publish(plan, new.facts)
+        live_s = self._clocks.monotonic_s() - start_s
+        self._history.append(
+            RevisionInfo(revision, kind, text, delta.id, applied.graph.hash, self._clocks.wall_s())
+        )
+        done = Applied(
+            answer.revision,
+            answer.affected_nodes,
+            answer.inferred_nodes,
+            answer.blocks_replanned,
+            answer.blocks_reused,
+            live_s,
+        )
+        self.settings.events("delta.applied", {
+            "graph": self.name, "delta": delta.id, "kind": kind, "summary": text, "plan": plan.id, **asdict(done),
+        })  # fmt: skip
+        self._improve(self)
+        return done
+
+    def _publish(self, plan: Plan, facts: Facts) -> None:
+        self.facts = facts
+        self.slot.publish(plan)
+        self._graphs[plan.revision] = facts.graph
+        while len(self._graphs) > REVISIONS_KEPT_MAX:
+            self._graphs.popitem(last=False)
+
+
+def _replanned(new: Update) -> frozenset[str]:
+    return new.regions_changed | new.weights_changed | new.released
+
+
+def _keep(by_block: Mapping[str, Step], block: str, made: Step) -> Step:
+    old = by_block.get(block)
+    return (
+        old
+        if old is not None
+        and old.digest == made.digest
+        and old.frees == made.frees
+        and old.reads == made.reads
+        else made
+    )
+
+
+def _summary(delta: Delta) -> str:
+    kinds = [type(edit).__name__ for edit in delta.edits]
+    names = ", ".join(
+        f"{kind} x{kinds.count(kind)}" if kinds.count(kind) > 1 else kind
+        for kind in dict.fromkeys(kinds)
+    )
+    return names or "no edits"

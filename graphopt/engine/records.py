@@ -1,0 +1,93 @@
+"""What the engine is told and what it answers: plain records."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+EventSink = Callable[[str, Mapping[str, Any]], None]
+
+
+def usable_cpus() -> int:
+    """The CPUs this process may run on: its affinity, never the host's core count."""
+    return len(os.sched_getaffinity(0))
+
+
+def ignore_event(name: str, fields: Mapping[str, Any]) -> None:
+    """The event sink of an engine nobody listens to."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """How an engine runs.
+
+    Attributes:
+        threads: executor threads; requests submitted beyond that wait.
+        intra_op: torch threads of each executor thread.
+        improve: whether the background thread prepares `fused` steps.
+        verify: whether every update of the facts is checked against a computation from scratch. Costs seconds on a large graph.
+        events: receives every event name with its fields; called from engine threads, must be quick.
+    """
+
+    threads: int = 1
+    intra_op: int = field(default_factory=usable_cpus)
+    improve: bool = True
+    verify: bool = False
+    events: EventSink = ignore_event
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The answer to one request: `outputs` by name, and the revision and plan that computed them."""
+
+    outputs: dict[str, torch.Tensor]
+    revision: int
+    plan_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """The answer to one delta, live when it is given.
+
+    Attributes:
+        revision: the revision the delta made.
+        affected_nodes: nodes added, changed or removed, and nodes whose type changed.
+        inferred_nodes: nodes whose type was computed again.
+        blocks_replanned: blocks that got a new step.
+        blocks_reused: blocks whose step is the same object as before.
+        live_s: seconds from the call to the store that published the new plan, journal commit included.
+    """
+
+    revision: int
+    affected_nodes: int
+    inferred_nodes: int
+    blocks_replanned: int
+    blocks_reused: int
+    live_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class DryRun:
+    """What a delta would do. `nodes` and `blocks` are ids; `staged_bytes` counts constants that are not there yet."""
+
+    revision: int
+    nodes: tuple[str, ...]
+    inferred_nodes: int
+    blocks: tuple[str, ...]
+    blocks_reused: int
+    staged_bytes: int
+    changes_interface: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RevisionInfo:
+    """One line of a model's history. `wall_s` is seconds since the epoch, for people; order is by revision."""
+
+    revision: int
+    kind: str
+    summary: str
+    delta_id: str | None
+    graph_hash: str
+    wall_s: float

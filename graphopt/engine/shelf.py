@@ -1,0 +1,63 @@
+"""Verified candidates at hand, by exactly what they were verified for.
+
+A step may go live at once only when its candidate was verified for this region and these weights (law 6). The shelf keeps such candidates after
+their plan is gone, so that undoing a delta finds what ran before it.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+UNUSED_BYTES_MAX = (
+    256 << 20
+)  # weights of candidates kept beyond those in use: about the layers a few deltas touched
+
+Key = tuple[str, str]  # region key, weight key
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A verified function with its constants; `size_bytes` is what its weights take."""
+
+    tier: str
+    function: Any
+    constants: tuple[Any, ...]
+    size_bytes: int
+
+
+class Shelf:
+    """Candidates by (region key, weight key), the least recently used given up first."""
+
+    def __init__(self) -> None:
+        self._candidates: OrderedDict[Key, Candidate] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def find(self, key: Key) -> Candidate | None:
+        """The candidate verified for exactly `key`."""
+        with self._lock:
+            found = self._candidates.get(key)
+            if found is not None:
+                self._candidates.move_to_end(key)
+            return found
+
+    def put(self, key: Key, candidate: Candidate) -> None:
+        """Keeps a candidate that was verified."""
+        with self._lock:
+            self._candidates[key] = candidate
+
+    def drop(self, key: Key) -> None:
+        """Forgets a candidate, as after a rollback."""
+        with self._lock:
+            self._candidates.pop(key, None)
+
+    def trim(self, is_used: Callable[[Key], bool]) -> None:
+        """Gives up candidates no live plan uses, oldest first, down to `UNUSED_BYTES_MAX`."""
+        with self._lock:
+            unused = [key for key in self._candidates if not is_used(key)]
+            excess = sum(self._candidates[key].size_bytes for key in unused) - UNUSED_BYTES_MAX
+            for key in unused:
+                if excess <= 0:
+                    return
+                excess -= self._candidates.pop(key).size_bytes

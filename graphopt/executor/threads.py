@@ -1,0 +1,111 @@
+"""The threads of the engine: a fixed set that runs requests, and one that works in the background.
+
+torch keeps an OpenMP team for each calling thread and a thread count that is the caller's own, so requests run on threads made once, each with
+its own intra-op count. The background thread runs jobs one at a time, latest first for each key: a job that a newer one replaced never runs.
+"""
+
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+Job = Callable[[], None]
+
+
+class ExecutorThreads:
+    """`count` threads that run calls in the order they were submitted, each with `intra_op` torch threads."""
+
+    def __init__(self, count: int, intra_op: int) -> None:
+        self.count = count
+        self.intra_op = intra_op
+        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = (
+            queue.SimpleQueue()
+        )
+        self._threads = [
+            threading.Thread(target=self._work, name=f"graphopt-executor-{i}", daemon=True)
+            for i in range(count)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, call: Callable[[], T]) -> "Future[T]":
+        """Queues `call`; bounding the queue is the caller's part, who knows what to answer when it is full."""
+        future: Future[T] = Future()
+        self._calls.put((future, call))
+        return future
+
+    def close(self) -> None:
+        """Runs what is queued, then ends the threads."""
+        for _ in self._threads:
+            self._calls.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self) -> None:
+        torch.set_num_threads(self.intra_op)
+        while (item := self._calls.get()) is not None:
+            future, call = item
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(call())
+            except BaseException as error:  # it belongs to whoever waits for the future
+                future.set_exception(error)
+            del item, future, call  # do not keep the last request's tensors until the next one
+
+
+class BackgroundThread:
+    """One thread that runs keyed jobs; a job submitted under a key replaces the waiting one."""
+
+    def __init__(
+        self, name: str, intra_op: int, on_error: Callable[[str, Exception], None]
+    ) -> None:
+        self._jobs: dict[str, Job] = {}
+        self._wake = threading.Condition()
+        self._running: str | None = None
+        self._closed = False
+        self._intra_op = intra_op
+        self._on_error = on_error
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, key: str, job: Job) -> None:
+        """Runs `job` when those before it are done, unless another job of this key comes first."""
+        with self._wake:
+            self._jobs.pop(key, None)
+            self._jobs[key] = job
+            self._wake.notify_all()
+
+    def wait_idle(self, timeout_s: float | None) -> bool:
+        """Waits until nothing is queued or running; False when `timeout_s` passed first."""
+        with self._wake:
+            return self._wake.wait_for(lambda: not self._jobs and self._running is None, timeout_s)
+
+    def close(self) -> None:
+        """Ends the thread after the running job; waiting jobs are dropped."""
+        with self._wake:
+            self._closed = True
+            self._jobs.clear()
+            self._wake.notify_all()
+        self._thread.join()
+
+    def _work(self) -> None:
+        torch.set_num_threads(self._intra_op)
+        while True:
+            with self._wake:
+                self._running = None
+                self._wake.notify_all()
+                self._wake.wait_for(lambda: self._jobs or self._closed)
+                if self._closed:
+                    return
+                key = next(iter(self._jobs))
+                self._running, job = key, self._jobs.pop(key)
+            try:
+                job()
+            except Exception as error:
+                self._on_error(key, error)
+            del job
