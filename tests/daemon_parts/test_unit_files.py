@@ -129,6 +129,14 @@ def test_socket_units_name_their_service_and_leave_with_it() -> None:
             assert parse(name)["Socket"]["Service"] == [f"graphoptd{instance}.service"]
 
 
+def test_a_waiting_client_cannot_restart_a_refusing_service_forever() -> None:
+    for name in UNITS:
+        if name.endswith(".socket"):
+            section = parse(name)["Socket"]
+            assert section["TriggerLimitIntervalSec"] == ["60"]
+            assert section["TriggerLimitBurst"] == ["5"]
+
+
 def test_no_two_instances_share_a_path() -> None:
     """Instance `data` must not meet the data socket of the plain service either."""
     plain = parse("graphoptd-data.socket")["Socket"]["ListenStream"]
