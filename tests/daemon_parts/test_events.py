@@ -53,7 +53,7 @@ def test_every_event_can_be_emitted_with_all_of_its_fields(caught: Catcher) -> N
 
 
 def test_the_tables_are_consistent() -> None:
-    used = set()
+    used: set[str] = set()
     for event in EVENTS.values():
         names = (*event.required, *event.optional)
         assert len(set(names)) == len(names), event.name
