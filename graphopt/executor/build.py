@@ -4,6 +4,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Set
 from functools import lru_cache
 from hashlib import blake2b
+from itertools import pairwise
 
 from graphopt.analysis.blocks import CONTEXT, END, START
 from graphopt.analysis.facts import Facts, Update
@@ -15,7 +16,7 @@ from graphopt.graph import Graph
 FUNCTIONS_KEPT = 4096  # compiled blocks by structure key; a BERT-base has 7
 
 _BEHIND = (1 << 1024, "")  # sorts after every block that has a single exit
-MakeStep = Callable[[Facts, str], Step]
+MakeStep = Callable[[Facts, str], Step]  # of the block, or of a run of blocks that begins with it
 
 
 class EagerBuilder:
@@ -42,11 +43,23 @@ def bind_step(
     facts: Facts, block: str, tier: str, function: Function, constants: tuple[object, ...]
 ) -> Step:
     """The step of `block` with `function`; reads, writes and frees come from the facts."""
-    region = facts.regions[block]
+    return bind_run(facts, (block,), facts.regions[block], tier, function, constants)
+
+
+def bind_run(
+    facts: Facts,
+    blocks: tuple[str, ...],
+    region: Region,
+    tier: str,
+    function: Function,
+    constants: tuple[object, ...],
+) -> Step:
+    """The step of a run of blocks, whose region is `region` (see `graphopt.executor.runs`)."""
     weights = weight_key(facts.graph, region)
     return Step(
-        block, tier, region.key, weights, step_digest(block, tier, region.key, weights), function, tuple(map(value_key, region.reads)), constants,
-        region.symbols, tuple(map(value_key, region.exits)), _frees(facts, block, region), region.order,
+        blocks[-1], tier, region.key, weights, step_digest(blocks[-1], tier, region.key, weights), function,
+        tuple(map(value_key, region.reads)), constants, region.symbols, tuple(map(value_key, region.exits)),
+        _frees(facts, blocks, region), region.order, blocks,
     )  # fmt: skip
 
 
@@ -57,10 +70,12 @@ def weight_key(graph: Graph, region: Region) -> str:
 
 def build_plan(facts: Facts, revision: int, make: MakeStep) -> Plan:
     """A plan from scratch."""
-    blocks = [CONTEXT] if CONTEXT in facts.regions else []
-    blocks += [block.exit for block in facts.blocks]
-    steps = tuple(make(facts, block) for block in blocks)
-    return Plan(facts.graph, revision, steps, sum(step.digest for step in steps))
+    steps = [make(facts, CONTEXT)] if CONTEXT in facts.regions else []
+    block = facts.blocks.next.get(START)
+    while block is not None:
+        steps.append(make(facts, block))
+        block = facts.blocks.next.get(steps[-1].block)
+    return Plan(facts.graph, revision, tuple(steps), sum(step.digest for step in steps))
 
 
 def replan(plan: Plan, update: Update, revision: int, make: MakeStep) -> tuple[Plan, int]:
@@ -79,10 +94,10 @@ def replan(plan: Plan, update: Update, revision: int, make: MakeStep) -> tuple[P
     stale = (remade | update.regions_gone) - {CONTEXT}
     fresh = {block for block in remade if block in facts.blocks.blocks}
     first, last = _stretch(plan.graph, body, stale)
-    middle = _walk(facts, body, first, last, remade, make)
-    if not fresh <= {step.block for step in middle}:  # blocks were added behind the last one
-        last = len(body)
-        middle = _walk(facts, body, first, last, remade, make)
+    middle, last = _walk(facts, body, first, last, remade, make)
+    if not fresh <= {block for step in middle for block in step.blocks}:
+        last = len(body)  # blocks were added behind the last one
+        middle, _ = _walk(facts, body, first, last, remade, make)
     steps = (*new_head, *body[:first], *middle, *body[last:])
     gone, come = (*head, *body[first:last]), (*new_head, *middle)
     digest = plan.digest - sum(step.digest for step in gone) + sum(step.digest for step in come)
@@ -98,33 +113,47 @@ def _stretch(graph: Graph, body: tuple[Step, ...], stale: set[str]) -> tuple[int
     found = []
     for block in stale:
         position = bisect_left(body, graph.order_key(block) if block != END else _BEHIND, key=key)
-        if position < len(body) and body[position].block == block:
+        if position < len(body) and block in body[position].blocks:
             found.append(position)
     return (min(found), max(found) + 1) if found else (len(body), len(body))
 
 
 def _walk(
     facts: Facts, body: tuple[Step, ...], first: int, last: int, remade: Set[str], make: MakeStep
-) -> list[Step]:
-    """The steps of the new graph's blocks between the kept rows before `first` and from `last` on."""
-    kept = {step.block: step for step in body[first:last]}
+) -> tuple[list[Step], int]:
+    """The steps of the new graph's blocks between the kept rows before `first` and from `last` on.
+
+    Returns them and where the kept rows go on: behind `last` where a run that was made covers rows of it.
+    """
+    kept = {step.blocks[0]: step for step in body[first:last]}
     block = facts.blocks.next.get(body[first - 1].block if first else START)
-    after = body[last].block if last < len(body) else None
+    after = body[last].blocks[0] if last < len(body) else None
     steps: list[Step] = []
     while block is not None and block != after:
         known = kept.get(block)
-        steps.append(known if known is not None and block not in remade else make(facts, block))
-        block = facts.blocks.next.get(block)
-    return steps
+        if known is None or not _stands(facts, known, remade):
+            known = make(facts, block)
+        steps.append(known)
+        while after in known.blocks:
+            last += 1
+            after = body[last].blocks[0] if last < len(body) else None
+        block = facts.blocks.next.get(known.block)
+    return steps, last
 
 
-def _frees(facts: Facts, block: str, region: Region) -> tuple[str, ...]:
+def _stands(facts: Facts, step: Step, remade: Set[str]) -> bool:
+    """Whether the blocks of `step` are unchanged and still follow each other."""
+    links = pairwise(step.blocks)
+    return remade.isdisjoint(step.blocks) and all(facts.blocks.next.get(a) == b for a, b in links)
+
+
+def _frees(facts: Facts, blocks: tuple[str, ...], region: Region) -> tuple[str, ...]:
     handed_out = {ref for _, ref in facts.graph.outputs}
     frees = []
     for ref in region.reads:
         last = facts.last_readers.get(ref)
         if ref not in handed_out and (
-            last == block or (last is None and ref.id in facts.blocks.member)
+            last in blocks or (last is None and ref.id in facts.blocks.member)
         ):
             frees.append(value_key(ref))
     return tuple(frees)

@@ -20,7 +20,7 @@ from graphopt.constants import SHORT_DTYPES, TORCH_DTYPES
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One region on one backend.
+    """One region on one backend: a block, or a run of blocks.
 
     `function(*reads, *constants, *symbols)` returns one value for one entry in `writes`, a tuple for several. `reads` and `writes` are keys
     of the request's environment; `frees` are the reads that nothing later needs.
@@ -38,6 +38,7 @@ class Step:
     writes: tuple[str, ...]
     frees: tuple[str, ...]
     nodes: tuple[str, ...]
+    blocks: tuple[str, ...]  # the blocks this step computes, in order; `block` is the last
 
 
 @dataclass(frozen=True, slots=True)
