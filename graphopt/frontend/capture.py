@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -26,6 +27,7 @@ from graphopt.frontend.names import clean_path
 REFINEMENTS_MAX = 3  # rounds of torch suggesting bounds for dims that the caller left open
 _FIX = re.compile(r"^\s+(\w+) = (.+)$", re.MULTILINE)
 _BOUNDS = re.compile(r"Dim\('\w+'(?:, min=(\d+))?(?:, max=(\d+))?\)\Z")
+_CALL_MACHINERY = frozenset({"_wrapped_call_impl", "_call_impl"})  # of nn.Module itself
 _QUIET = ("torch.fx.experimental.symbolic_shapes", "torch.export", "torch._export")
 
 
@@ -142,8 +144,8 @@ def _constraints(text: str) -> str:
 
 
 def _refusal(error: Exception, module: torch.nn.Module) -> ImportRefusedError:
-    op, path = _place(error.__traceback__, module)
-    where = f"{op or 'export'} in {path or 'the root module'}"
+    op, path, line = _place(error.__traceback__, module)
+    where = f"{op or 'export'} in {path or 'the root module'}{line}"
     if isinstance(error, GuardOnDataDependentSymNode):
         return ImportRefusedError(
             "a size or a branch depends on tensor contents",
@@ -157,21 +159,24 @@ def _refusal(error: Exception, module: torch.nn.Module) -> ImportRefusedError:
     )
 
 
-def _place(trace: TracebackType | None, module: torch.nn.Module) -> tuple[str, str]:
-    """The op and the path of the submodule that were running when the traceback was made."""
+def _place(trace: TracebackType | None, module: torch.nn.Module) -> tuple[str, str, str]:
+    """The op, the path of the submodule and the line of its code that were running."""
     # Tracing hands forward a proxy of the module; it shares the module's __dict__.
     paths = {id(vars(part)): name for name, part in module.named_modules()}
-    op = path = ""
+    op = path = line = ""
     while trace is not None:
         local = trace.tb_frame.f_locals
         owner = local.get("self")
         if isinstance(owner, torch.nn.Module):
-            path = paths.get(id(vars(owner)), path)
+            known = paths.get(id(vars(owner)))
+            code = trace.tb_frame.f_code
+            if known is not None and code.co_name not in _CALL_MACHINERY:
+                path, line = known, f" ({Path(code.co_filename).name}:{trace.tb_lineno})"
         func = local.get("func")
         if isinstance(func, torch._ops.OpOverload):
             op = str(func)
         trace = trace.tb_next
-    return op, clean_path(path)
+    return op, clean_path(path), line
 
 
 def _first_line(error: Exception) -> str:

@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 _ILLEGAL = re.compile(r"[\s$,()\[\]{}'\"=]+")
-_SUBSCRIPT = re.compile(r"\._modules\[['\"]?([^'\"\]]*)['\"]?\]|\[['\"]([^'\"\]]*)['\"]\]")
+_SUBSCRIPT = re.compile(r"\.?_modules\[['\"]?([^'\"\]]*)['\"]?\]|\[['\"]([^'\"\]]*)['\"]\]")
 _CALL = re.compile(r"@(\d+)\Z")
 _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"  # torch's stack of nodes it inserted itself

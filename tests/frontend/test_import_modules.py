@@ -4,19 +4,26 @@ import collections
 
 import pytest
 import torch
-from graphopt.frontend.signature import signature_of
 from torch import nn
 from torch.export import Dim
+from torch.testing import assert_close
 
 from frontend.interpret import run
 from graphopt.errors import ImportRefusedError
 from graphopt.frontend.torch_export import from_program, from_torch
 from graphopt.graph import Symbol
+from graphopt.signature import signature_of
 
 
 def call(graph, *args, **kwargs):
     signature = signature_of(graph)
     return signature.rebuild(run(graph, signature.bind(args, kwargs)))
+
+
+def leaves(value):
+    if isinstance(value, tuple):
+        return [leaf for item in value for leaf in leaves(item)]
+    return [] if value is None else [value]
 
 
 def check(module, examples, shapes="batch", sizes=(1, 2, 5)):
@@ -28,9 +35,9 @@ def check(module, examples, shapes="batch", sizes=(1, 2, 5)):
         with torch.no_grad():
             expected = module(*inputs)
         answer = call(graph, *inputs)
-        pairs = zip(*(x if isinstance(x, tuple) else (x,) for x in (answer, expected)), strict=True)
-        for got, wanted in pairs:
-            assert (got is None and wanted is None) or torch.equal(got, wanted), size
+        for got, wanted in zip(leaves(answer), leaves(expected), strict=True):
+            # Eager takes a fused path for whole layers here; the graph has its ops one by one.
+            assert_close(got, wanted, rtol=1e-5, atol=1e-6)
     return graph
 
 
@@ -53,13 +60,11 @@ class Calls(nn.Module):
 
 def test_repeated_calls_shared_modules_and_lifted_tensors_get_names():
     graph = from_torch(Calls(), torch.randn(1, 4), "batch")
-    assert [node.id for node in graph.iter_nodes()] == [
+    assert set(graph.nodes) == {
         *("sym_size/batch", "lin", "lin@1", "add", "block.0", "block.1", "shared.0", "shared.1"),
         *("mul", "add_1"),
-    ]
-    assert list(graph.constants) == sorted(
-        ["lin.weight", "lin.bias", "block.0.weight", "block.0.bias", "lifted_tensor_0"]
-    ) or set(graph.constants) == {
+    }
+    assert set(graph.constants) == {
         "lin.weight", "lin.bias", "block.0.weight", "block.0.bias", "lifted_tensor_0"
     }  # fmt: skip
     assert dict(graph.aliases) == {
@@ -110,16 +115,11 @@ def test_transformer_encoder_is_imported_op_by_op():
 
 
 def test_recurrent_networks_are_one_op():
-    graph = check(nn.LSTM(4, 6, batch_first=True), (torch.randn(1, 5, 4),), sizes=())
-    assert "aten.lstm.input" in {node.op for node in graph.iter_nodes()}
-    x = torch.randn(3, 5, 4)
-    module = nn.GRU(4, 6, batch_first=True)
-    gru = from_torch(module, x, "batch")
-    with torch.no_grad():
-        expected, state = module.eval()(x)
-    answer = call(gru, x)
-    assert torch.equal(answer[0], expected)
-    assert torch.equal(answer[1], state)
+    lstm = check(nn.LSTM(4, 6, batch_first=True), (torch.randn(1, 5, 4),))
+    gru = check(nn.GRU(4, 6, batch_first=True), (torch.randn(1, 5, 4),))
+    assert "aten.lstm.input" in {node.op for node in lstm.iter_nodes()}
+    assert "aten.gru.input" in {node.op for node in gru.iter_nodes()}
+    assert [name for name, _ in lstm.outputs] == ["output_0", "output_1.0", "output_1.1"]
 
 
 class Parts(nn.Module):

@@ -83,9 +83,12 @@ def test_refusals_name_op_and_module_path(module, place, reason, capfd):
     assert place in refusal.value.where
     assert reason in refusal.value.message
     assert refusal.value.remedy
-    captured = capfd.readouterr()
-    assert captured.out == ""
-    assert captured.err == ""
+    assert capfd.readouterr().out == ""
+
+
+def test_a_branch_is_refused_with_the_line_of_the_model():
+    with pytest.raises(ImportRefusedError, match=r"test_import_refusals\.py:\d+"):
+        from_torch(Branch(), torch.randn(3, 4), "batch")
 
 
 def test_what_nothing_needs_refuses_nothing():
