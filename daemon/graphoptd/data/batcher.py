@@ -110,7 +110,7 @@ class Batcher:
         self._loop = loop
         self._groups: dict[tuple[Any, ...] | None, deque[Work]] = {}
         self._alone: deque[Work] = deque()  # members of a failed batch, to be run singly
-        self._n_queued = 0
+        self.n_queued = 0
         self._n_running = 0
         self._delay_ns = settings.batch_delay_us * 1000
         self._wake: asyncio.TimerHandle | None = None
@@ -127,34 +127,34 @@ class Batcher:
         Raises:
             BusyError: the queue is full.
         """
-        if self._n_queued >= self._settings.queue_max:
+        if self.n_queued >= self._settings.queue_max:
             raise BusyError(
-                f"{self._n_queued} requests wait",
+                f"{self.n_queued} requests wait",
                 where=f"model {self._served.name}",
                 remedy="retry later",
             )
         loop = self._loop
         future = work.future = loop.create_future()
         self._watch(work, deadline_s)
-        if self._n_queued == 0 and self._n_running < self._served.capacity():
+        if self.n_queued == 0 and self._n_running < self._served.capacity():
             self._start((work,))
             return future
         self._groups.setdefault(work.key, deque()).append(work)
         work.queued = True
-        self._n_queued += 1
+        self.n_queued += 1
         future.add_done_callback(lambda _: self._forget(work))
         self._pump()
         return future
 
     def is_idle(self) -> bool:
         """True when nothing waits or runs."""
-        return self._n_queued == 0 and self._n_running == 0
+        return self.n_queued == 0 and self._n_running == 0
 
     # -- choosing
 
     def _pump(self) -> None:
         """Hand over what may go now, and set the alarm for what may go later."""
-        while self._n_queued and self._n_running < 2 * self._served.capacity():
+        while self.n_queued and self._n_running < 2 * self._served.capacity():
             ahead = self._n_running >= self._served.capacity()
             works = self._next_batch(ahead)
             if works is None:
@@ -217,7 +217,7 @@ class Batcher:
 
     def _dequeued(self, work: Work) -> None:
         work.queued = False
-        self._n_queued -= 1
+        self.n_queued -= 1
 
     def _on_wake(self) -> None:
         self._wake = None
@@ -286,7 +286,7 @@ class Batcher:
             for work in live:
                 work.queued = True
             self._alone.extend(live)
-            self._n_queued += len(live)
+            self.n_queued += len(live)
             self._loop.call_soon(self._pump)
             return
         self._waiting.difference_update(works)

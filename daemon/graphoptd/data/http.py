@@ -163,13 +163,7 @@ class GuardedProtocol(HttpToolsProtocol):
                 self.transport.abort()
             return
         self._wire_bytes += len(data)
-        try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            # A wish we may ignore (RFC 9110, 7.8). The parser hands over and would read no further.
-            self.refuse(400, "protocol upgrades are not offered", "http.refused")
-        except httptools.HttpParserError as error:
-            self.refuse(400, f"malformed HTTP: {error}", "http.refused")
+        self._feed(data)
         if self._phase is Phase.HEADER and self._wire_bytes > self.guard.settings.header_bytes_max:
             self._refuse_headers()
         elif self._phase is Phase.BODY:
@@ -180,7 +174,8 @@ class GuardedProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """A request begins, maybe behind another one in the same packet."""
         super().on_message_begin()
-        self._enter(Phase.HEADER)
+        if self._phase is not Phase.HEADER:
+            self._enter(Phase.HEADER)
         extensions: dict[str, Any] = {CONNECTION_EXTENSION: self}
         self.scope["extensions"] = extensions
 
@@ -192,6 +187,8 @@ class GuardedProtocol(HttpToolsProtocol):
         if size > self.guard.settings.header_bytes_max:
             self._refuse_headers()
             return
+        if self.parser.should_upgrade():
+            return  # `_feed` sees to it
         self._enter(Phase.BODY)
         super().on_headers_complete()
         self.headers = []  # trailers go where nobody reads them
@@ -204,7 +201,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """The request is here; between this and the next one the connection owes us nothing."""
-        if self._phase is Phase.LINGER:
+        if self._phase is not Phase.BODY:
             return
         is_answered = self.cycle.response_complete
         super().on_message_complete()
@@ -223,6 +220,25 @@ class GuardedProtocol(HttpToolsProtocol):
             self._enter(Phase.IDLE)
 
     # -- guards
+
+    def _feed(self, data: bytes) -> None:
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            if self.parser.get_method() == b"CONNECT":
+                self.refuse(400, "this is no proxy", "http.refused")
+                return
+            # We may ignore the wish (RFC 9110, 7.8), and must: Java's client asks for HTTP/2 with
+            # every first request. The parser gives up at the body, so the same request without the
+            # wish goes through a fresh one.
+            lines = [self.parser.get_method(), b" ", self.url, b" HTTP/1.1\r\n"]
+            for name, value in self.headers:
+                if name not in (b"upgrade", b"connection"):
+                    lines += (name, b": ", value, b"\r\n")
+            self.parser = httptools.HttpRequestParser(self)
+            self._feed(b"".join((*lines, b"\r\n", data[upgrade.args[0] :])))
+        except httptools.HttpParserError as error:
+            self.refuse(400, f"malformed HTTP: {error}", "http.refused")
 
     def refuse(self, status: int, text: str, code: str) -> None:
         """Answer by hand and close; used where no application runs yet."""

@@ -83,7 +83,7 @@ def _find(raw_path: bytes) -> Route | None:
     if len(parts) < 2 or parts[0] or parts[1] != "v2":
         return None
     match parts[2:]:
-        case ["models", model, "infer"]:
+        case ["models", model, "infer"] if model:
             return Route("infer", model)
         case ["models", "stats"]:
             return Route("statistics")
