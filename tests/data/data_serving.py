@@ -161,7 +161,21 @@ def failing(name: str = "failing") -> Model:
 
 
 def every_type() -> list[Model]:
-    names = "BOOL UINT8 UINT16 UINT32 UINT64 INT8 INT16 INT32 INT64 FP16 BF16 FP32 FP64".split()
+    names = [
+        "BOOL",
+        "UINT8",
+        "UINT16",
+        "UINT32",
+        "UINT64",
+        "INT8",
+        "INT16",
+        "INT32",
+        "INT64",
+        "FP16",
+        "BF16",
+        "FP32",
+        "FP64",
+    ]
     return [identity(f"identity_{name.lower()}", name, n_threads=0) for name in names]
 
 

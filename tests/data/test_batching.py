@@ -11,11 +11,11 @@ from data_serving import (
     Gate,
     Model,
     Tensors,
+    directory,
     failing,
     identity,
     json_request,
     serving,
-    directory,
     tensors,
 )
 from hypothesis import given, settings
@@ -34,7 +34,7 @@ def on_loop(body: Callable[[], Awaitable[None]]) -> None:
 
 
 def work(value: float, rows: int = 1, width: int = 2, key: tuple[Any, ...] | None = ("k",)) -> Work:
-    x = torch.full((rows, width), value)
+    x = torch.full((rows, width), float(value))
     return Work({"x": x}, rows, (*key, width) if key else None, x.nbytes)
 
 
@@ -209,7 +209,7 @@ def test_a_run_that_hangs_is_answered_at_its_deadline() -> None:
 def test_shapes_take_turns_so_that_none_starves() -> None:
     async def body() -> None:
         gate = Gate()
-        batcher = batcher_of(gate, batch_max=2, batch_delay_us=1000)
+        batcher = batcher_of(gate, batch_max=2, batch_delay_us=0)
         order: list[int] = []
 
         def note(width: int) -> Callable[[object], None]:

@@ -1,5 +1,6 @@
-"""Slow, greedy and broken clients over raw sockets: each is refused in its own way, and the server goes on."""
+"""Slow, greedy and broken clients over raw sockets: each is refused, and the server goes on."""
 
+import contextlib
 import json
 import socket
 import struct
@@ -261,10 +262,11 @@ def test_a_client_that_never_reads_its_answer_is_cut() -> None:
 
             running.call(cut())
             connection.settimeout(30)
-            with pytest.raises(ConnectionResetError):
-                while connection.recv(1 << 20):
-                    pass
-                raise ConnectionResetError  # an orderly end after less than the whole answer
+            received = 0
+            with contextlib.suppress(ConnectionResetError):
+                while part := connection.recv(1 << 20):
+                    received += len(part)
+            assert received < n_floats * 4
         check_alive(running)
 
 

@@ -113,8 +113,8 @@ def test_every_type_survives_the_way(
     if datatype == "FP16" and not binary:
         with pytest.raises(InferenceServerException, match="no JSON form"):
             triton.infer(name, [as_input("x", array, datatype, False)])
+        output = client.InferRequestedOutput("y", binary_data=False)
         with pytest.raises(InferenceServerException, match="no JSON form"):
-            output = client.InferRequestedOutput("y", binary_data=False)
             triton.infer(name, [as_input("x", array, datatype, True)], outputs=[output])
         return
     output = client.InferRequestedOutput("y", binary_data=binary)

@@ -1,4 +1,4 @@
-"""The cases where known servers disagree, and what ours answers; one test a row of the table in DESIGN 6.5."""
+"""The cases where known servers disagree, and what ours answers."""
 
 import gzip
 import json

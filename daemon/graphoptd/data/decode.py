@@ -8,17 +8,27 @@ spoil a batch.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, NoReturn
+from typing import Any
 
-import numpy as np
 import torch
 
 from graphopt.errors import RequestError, nearest
 from graphoptd.data import jsontext
 from graphoptd.data.budget import Lease
 from graphoptd.data.datatypes import DATATYPES, Datatype
+from graphoptd.data.fields import read_object, read_text, refuse
 from graphoptd.data.served import Signature, TensorSpec
-from graphoptd.data.shm import RegionRef, SharedMemory, region_ref
+from graphoptd.data.shm import SharedMemory, region_ref
+from graphoptd.data.tensors import (
+    Body,
+    check_size,
+    read_binary,
+    read_datatype,
+    read_numbers,
+    read_shape,
+    view_of,
+)
+from graphoptd.data.wishes import OutputWish, read_outputs, read_timeout
 
 RANK_MAX = 32  # torch's iterators stop at 64; models have at most 6
 _DIM_MAX = (
@@ -50,15 +60,6 @@ class Interface:
             " ".join(f"{spec.name}:{spec.datatype}" for spec in both),
             {},
         )
-
-
-@dataclass(frozen=True, slots=True)
-class OutputWish:
-    """How one output is to be returned."""
-
-    name: str
-    binary: bool
-    region: RegionRef | None = None
 
 
 @dataclass(slots=True)  # not frozen: one is made for each request, and freezing triples the cost
@@ -100,11 +101,11 @@ class Form:
         self.n_bytes = n_bytes
         self.request = replace(request, inputs={}, heads={})
 
-    def fill(self, body: "Body") -> InferRequest:
+    def fill(self, body: Body) -> InferRequest:
         """The request, with the tensors in `body`."""
         like, buffer, base = self.request, body.binary, body.binary_offset
         inputs = {
-            name: _view(buffer, base + offset, datatype, shape, where)
+            name: view_of(buffer, base + offset, datatype, shape, where)
             for name, offset, datatype, shape, where in self.places
         }
         return InferRequest(
@@ -124,41 +125,6 @@ _Place = tuple[
 ]  # name, offset, type, shape, path in the JSON
 _FORMS_MAX = 64  # kept for a revision: a few clients with a few batch sizes each
 _FORM_BYTES_MAX = 1 << 10  # of JSON: three or four tensors
-
-
-class Body:
-    """A whole request body: its JSON, and the binary part in a buffer of its own, aligned for tensors."""
-
-    __slots__ = ("binary", "binary_offset", "json", "raw")
-
-    def __init__(self, content: bytes, header_length: bytes | None) -> None:
-        """Split at `header_length`, the value of Inference-Header-Content-Length.
-
-        Raises:
-            RequestError: the header is not a number or lies beyond the body.
-        """
-        self.raw = False
-        if header_length is None:
-            self.json, self.binary, self.binary_offset = content, bytearray(), 0
-            return
-        if (
-            not header_length.isdigit()
-            or len(header_length) > 10
-            or int(header_length) > len(content)
-        ):
-            raise RequestError(
-                f"{header_length[:32].decode('latin-1')!r} is no length within {len(content)} bytes",
-                where="Inference-Header-Content-Length",
-                remedy="send the length of the JSON part, before compression",
-            )
-        n_json = int(header_length)
-        self.raw = n_json == 0
-        self.json = content[:n_json]
-        # The pad makes the binary part start aligned after JSON of any length; one copy, which also
-        # makes it writable for torch and independent of the HTTP layer's buffer.
-        pad = -n_json % _ALIGN_BYTES
-        self.binary = bytearray().join((bytes(pad), content))
-        self.binary_offset = pad + n_json
 
 
 def decode(
@@ -184,19 +150,19 @@ def decode(
         return form.fill(body)
     document, n_arrays = jsontext.parse(body.json, envelope_bytes_max)
     if not isinstance(document, dict):
-        _refuse("the body", "a JSON object", "")
-    parameters = _object(document.get("parameters", {}), "parameters")
+        refuse("the body", "a JSON object", "")
+    parameters = read_object(document.get("parameters", {}), "parameters")
     request_id = document.get("id")
     if request_id is not None:
-        request_id = _text(request_id, "id")
-    wishes = _outputs(document.get("outputs"), parameters, interface, memory)
+        request_id = read_text(request_id, "id")
+    wishes = read_outputs(document.get("outputs"), parameters, interface.outputs, memory)
     inputs, n_read, places = _inputs(document.get("inputs"), body, interface, memory, lease)
     if n_read != n_arrays:
         # Such an array was never parsed; refusing it keeps the promise of strict JSON.
         raise RequestError(
             "`data` outside of an input", where="body", remedy="send `data` in `inputs` only"
         )
-    request = _checked(request_id, inputs, wishes, _timeout(parameters), interface)
+    request = _checked(request_id, inputs, wishes, read_timeout(parameters), interface)
     is_plain = request_id is None and all(wish.binary and wish.region is None for wish in wishes)
     if is_plain and len(places) == len(inputs) and len(body.json) <= _FORM_BYTES_MAX:
         if len(interface.forms) >= _FORMS_MAX:
@@ -214,14 +180,14 @@ def _inputs(
     """The tensors, how many of them came from a `NumberText`, and where the binary ones lie."""
     expected = interface.inputs
     if not isinstance(entries, list) or not entries:
-        _refuse("`inputs`", "a list with at least one tensor", "inputs")
+        refuse("`inputs`", "a list with at least one tensor", "inputs")
     tensors: dict[str, torch.Tensor] = {}
     offset = body.binary_offset
     n_read = 0
     places: list[_Place] = []
     for position, entry in enumerate(entries):
         where = f"inputs[{position}]"
-        name = _text(_object(entry, where).get("name"), f"{where}.name")
+        name = read_text(read_object(entry, where).get("name"), f"{where}.name")
         spec = expected.get(name)
         if spec is None:
             raise RequestError(
@@ -233,9 +199,9 @@ def _inputs(
             raise RequestError(
                 f"input {name!r} twice", where=f"{where}.name", remedy="send each input once"
             )
-        datatype = _datatype(entry.get("datatype"), spec, where)
-        shape = _shape(entry.get("shape"), spec, where)
-        parameters = _object(entry.get("parameters", {}), f"{where}.parameters")
+        datatype = read_datatype(entry.get("datatype"), spec, where)
+        shape = read_shape(entry.get("shape"), spec, where)
+        parameters = read_object(entry.get("parameters", {}), f"{where}.parameters")
         size = parameters.get("binary_data_size")
         ref = region_ref(parameters, f"{where}.parameters", memory) if parameters else None
         if (size is not None) + (ref is not None) + ("data" in entry) > 1:
@@ -243,18 +209,18 @@ def _inputs(
                 "the tensor in several forms", where=where, remedy="send it in one form"
             )
         if size is not None:
-            tensors[name] = _binary(body.binary, offset, size, datatype, shape, where)
+            tensors[name] = read_binary(body.binary, offset, size, datatype, shape, where)
             places.append((name, offset - body.binary_offset, datatype, shape, where))
             offset += size
         elif ref is not None and memory is not None:
-            _check_size(
+            check_size(
                 ref.size_bytes, datatype, shape, f"{where}.parameters.shared_memory_byte_size"
             )
             lease.grow(ref.size_bytes)
-            tensors[name] = _view(memory.read(ref), 0, datatype, shape, where)
+            tensors[name] = view_of(memory.read(ref), 0, datatype, shape, where)
         else:
             n_read += isinstance(entry.get("data"), jsontext.NumberText)
-            tensors[name] = _numbers(entry.get("data"), datatype, shape, f"{where}.data")
+            tensors[name] = read_numbers(entry.get("data"), datatype, shape, f"{where}.data")
     if offset < len(body.binary):
         raise RequestError(
             f"{len(body.binary) - offset} bytes of binary data belong to no input",
@@ -267,163 +233,6 @@ def _inputs(
             f"missing {', '.join(missing)}", where="inputs", remedy="send every input of the model"
         )
     return tensors, n_read, places
-
-
-def _datatype(value: Any, spec: TensorSpec, where: str) -> Datatype:
-    if value != spec.datatype:
-        raise RequestError(
-            f"datatype {value!r}, but input {spec.name!r} is {spec.datatype}",
-            where=f"{where}.datatype",
-            remedy=f"convert the tensor to {spec.datatype}",
-        )
-    return DATATYPES[spec.datatype]
-
-
-def _shape(value: Any, spec: TensorSpec, where: str) -> tuple[int, ...]:
-    where = f"{where}.shape"
-    if not isinstance(value, list):
-        _refuse("it", "a list of sizes", where)
-    if len(value) > RANK_MAX or any(type(n) is not int or not 0 <= n <= _DIM_MAX for n in value):
-        _refuse("it", f"at most {RANK_MAX} sizes from 0", where)
-    shape = tuple(value)
-    if len(shape) != len(spec.shape) or any(
-        want not in (-1, got) for got, want in zip(shape, spec.shape, strict=True)
-    ):
-        raise RequestError(
-            f"shape {list(shape)}, but input {spec.name!r} takes {list(spec.shape)} (-1 is any size)",
-            where=where,
-            remedy="reshape the tensor",
-        )
-    if spec.batch_dim and shape[0] == 0:
-        raise RequestError("an empty batch", where=where, remedy="send at least one row")
-    return shape
-
-
-def _binary(
-    buffer: bytearray,
-    offset: int,
-    size: Any,
-    datatype: Datatype,
-    shape: tuple[int, ...],
-    where: str,
-) -> torch.Tensor:
-    where = f"{where}.parameters.binary_data_size"
-    if type(size) is not int or size < 0:
-        _refuse("it", "a number of bytes", where)
-    if offset + size > len(buffer):
-        raise RequestError(
-            f"{size} bytes, but only {max(len(buffer) - offset, 0)} are left in the body",
-            where=where,
-            remedy="append the tensor's bytes, and send Inference-Header-Content-Length",
-        )
-    _check_size(size, datatype, shape, where)
-    return _view(buffer, offset, datatype, shape, where)
-
-
-def _check_size(size: int, datatype: Datatype, shape: tuple[int, ...], where: str) -> None:
-    if size != prod(shape) * datatype.size_bytes:
-        raise RequestError(
-            f"{size} bytes, but shape {list(shape)} of {datatype.name} takes "
-            f"{prod(shape) * datatype.size_bytes}",
-            where=where,
-            remedy="send the tensor whole, row-major and without gaps",
-        )
-
-
-def _view(
-    buffer: bytearray, offset: int, datatype: Datatype, shape: tuple[int, ...], where: str
-) -> torch.Tensor:
-    n_elements = prod(shape)
-    if n_elements == 0:
-        return torch.empty(shape, dtype=datatype.torch_dtype)
-    if offset % datatype.size_bytes:
-        # An odd-sized tensor stands before this one. Kernels may assume that elements are aligned.
-        buffer = buffer[offset : offset + n_elements * datatype.size_bytes]
-        offset = 0
-    if datatype.kind == "bool":
-        octets = torch.frombuffer(buffer, dtype=torch.uint8, count=n_elements, offset=offset)
-        if octets.max() > 1:
-            raise RequestError("a byte above 1", where=where, remedy="send BOOL as bytes 0 and 1")
-    flat = torch.frombuffer(buffer, dtype=datatype.torch_dtype, count=n_elements, offset=offset)
-    return flat if len(shape) == 1 else flat.view(shape)
-
-
-def _numbers(data: Any, datatype: Datatype, shape: tuple[int, ...], where: str) -> torch.Tensor:
-    if not datatype.array_code:
-        raise RequestError(
-            f"{datatype.name} has no JSON form",
-            where=where,
-            remedy="send the tensor as binary data",
-        )
-    if isinstance(data, list):
-        data = jsontext.number_text(data, where)
-    if not isinstance(data, jsontext.NumberText):
-        _refuse("it", f"an array of {'booleans' if datatype.kind == 'bool' else 'numbers'}", where)
-    values = jsontext.read_numbers(data, datatype, shape, where)
-    if not values:
-        return torch.empty(shape, dtype=datatype.torch_dtype)
-    tensor = torch.frombuffer(values, dtype=datatype.torch_dtype).view(shape)
-    # The parser refuses what is beyond FP64, so only narrowing can overflow.
-    if datatype.name == "FP32" and not np.isfinite(tensor.numpy()).all():
-        raise RequestError(
-            f"a number beyond {datatype.name}", where=where, remedy="send finite values"
-        )
-    return tensor
-
-
-# -- outputs and parameters
-
-
-def _outputs(
-    entries: Any, parameters: dict[str, Any], interface: Interface, memory: SharedMemory | None
-) -> tuple[OutputWish, ...]:
-    by_default = _flag(parameters.get("binary_data_output", False), "parameters.binary_data_output")
-    known = interface.outputs
-    if entries is None or entries == []:
-        wishes = [OutputWish(name, by_default) for name in known]
-    else:
-        if not isinstance(entries, list):
-            _refuse("`outputs`", "a list", "outputs")
-        wishes = []
-        for position, entry in enumerate(entries):
-            where = f"outputs[{position}]"
-            name = _text(_object(entry, where).get("name"), f"{where}.name")
-            if name not in known:
-                raise RequestError(
-                    f"no output {name!r}; the model returns {', '.join(known)}",
-                    where=f"{where}.name",
-                    remedy=nearest(name, known) or "use the names in the model's metadata",
-                )
-            if any(wish.name == name for wish in wishes):
-                raise RequestError(
-                    f"output {name!r} twice", where=f"{where}.name", remedy="ask for it once"
-                )
-            asked = _object(entry.get("parameters", {}), f"{where}.parameters")
-            if asked.get("classification"):
-                raise RequestError(
-                    "classification is not offered",
-                    where=f"{where}.parameters",
-                    remedy="ask for the tensor",
-                )
-            binary = _flag(asked.get("binary_data", by_default), f"{where}.parameters.binary_data")
-            ref = region_ref(asked, f"{where}.parameters", memory) if asked else None
-            wishes.append(OutputWish(name, binary, ref))
-    for wish in wishes:
-        datatype = DATATYPES[known[wish.name].datatype]
-        if not wish.binary and wish.region is None and not datatype.array_code:
-            raise RequestError(
-                f"output {wish.name!r} is {datatype.name}, which has no JSON form",
-                where="outputs",
-                remedy="ask for it with `binary_data: true`",
-            )
-    return tuple(wishes)
-
-
-def _timeout(parameters: dict[str, Any]) -> int:
-    value = parameters.get("timeout", 0)
-    if type(value) is not int or value < 0:
-        _refuse("it", "a number of microseconds", "parameters.timeout")
-    return int(value)
 
 
 # -- the whole
@@ -477,35 +286,6 @@ def _decode_raw(body: Body, interface: Interface) -> InferRequest:
             remedy="send whole rows, or describe the tensor in JSON (needed when several dims are variable)",
         )
     shape = tuple(n_bytes // row_bytes if n == -1 else n for n in spec.shape)
-    tensor = _view(body.binary, body.binary_offset, datatype, shape, "body")
+    tensor = view_of(body.binary, body.binary_offset, datatype, shape, "body")
     wishes = tuple(OutputWish(name, True) for name in interface.outputs)
     return _checked(None, {spec.name: tensor}, wishes, 0, interface)
-
-
-def _object(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        _refuse("it", "an object", where)
-    return value
-
-
-def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        _refuse("it", "a string", where)
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            _refuse("it", "text without lone surrogates", where)
-    return value
-
-
-def _flag(value: Any, where: str) -> bool:
-    if not isinstance(value, bool):
-        _refuse("it", "true or false", where)
-    return value
-
-
-def _refuse(what: str, should_be: str, where: str) -> NoReturn:
-    raise RequestError(
-        f"{what} is not {should_be}", where=where or "body", remedy=f"send {should_be}"
-    )

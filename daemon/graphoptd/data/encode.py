@@ -16,8 +16,9 @@ import torch
 from graphopt.errors import RequestError
 from graphoptd.data.compression import deflate
 from graphoptd.data.datatypes import BY_TORCH_DTYPE
-from graphoptd.data.decode import InferRequest, OutputWish
+from graphoptd.data.decode import InferRequest
 from graphoptd.data.shm import SharedMemory
+from graphoptd.data.wishes import OutputWish
 
 JSON_TYPE = (b"content-type", b"application/json")  # no charset: kserve compares the whole value
 BINARY_TYPE = (b"content-type", b"application/octet-stream")

@@ -13,11 +13,12 @@ from graphoptd.data.answers import ClientGoneError
 from graphoptd.data.batcher import Outcome, Work
 from graphoptd.data.body import Call, read_body
 from graphoptd.data.compression import wished_coding
-from graphoptd.data.decode import Body, InferRequest, Interface, decode
+from graphoptd.data.decode import InferRequest, Interface, decode
 from graphoptd.data.encode import Answer, compress, encode, is_heavy
 from graphoptd.data.lanes import Lane, Lanes, check_version
 from graphoptd.data.settings import DataSettings
 from graphoptd.data.shm import SharedMemory
+from graphoptd.data.tensors import Body
 
 _DECODE_HERE_BYTES = 32 << 10  # JSON of this size decodes in 0.2 to 0.4 ms
 

@@ -121,6 +121,8 @@ def read_numbers(
     is_flat = text.count(b"[") == 1
     if not is_flat:
         _check_nesting(text, shape, n_elements, where)
+        if n_elements == 0:
+            return array(datatype.array_code)
     if datatype.kind != "bool" and (b"u" in text or b"l" in text):
         _refuse_value("true, false or null", datatype, where)
     values = array(datatype.array_code)
@@ -264,7 +266,7 @@ def _check_nesting(text: bytes, shape: Sequence[int], n_elements: int, where: st
         for i in range(0, len(text), PIECE_BYTES)
     )
     # A number right before an opening or after a closing bracket would vanish with the bracket.
-    torn = b"0[" in skeleton or b"]0" in skeleton
+    torn = b"0[" in skeleton or b"]0" in skeleton or (n_elements == 0 and b"0" in skeleton)
     skeleton = skeleton.translate(None, b"0")
     if torn or len(skeleton) != _skeleton_bytes(shape) or skeleton != _skeleton(shape):
         raise RequestError(

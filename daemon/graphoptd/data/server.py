@@ -50,6 +50,7 @@ class DataServer:
         self._directory = directory
         self._listeners: list[asyncio.Server] = []
         self._sockets: list[socket.socket] = []
+        self._addresses: list[str] = []
         self._own_path: tuple[str, int] | None = None
         self._sweep: asyncio.TimerHandle | None = None
         self._state = ServerState()
@@ -58,8 +59,8 @@ class DataServer:
 
     @property
     def addresses(self) -> list[str]:
-        """Where it listens: `http://host:port` and `unix:/path`."""
-        return [_address(each) for each in self._sockets]
+        """Where it listens: `http://host:port` and `unix:/path`; nowhere before start and after stop."""
+        return list(self._addresses)
 
     @property
     def plane(self) -> DataPlane:
@@ -109,6 +110,7 @@ class DataServer:
             self._close_sockets()
             self._plane.close()
             raise
+        self._addresses = [_address(each) for each in self._sockets]
         self._on_sweep(loop)
 
     async def stop(self, drain_s: float | None = None) -> Drained:
@@ -153,6 +155,7 @@ class DataServer:
             _refuse_nothing()
 
     def _close_sockets(self) -> None:
+        self._addresses = []
         for each in self._sockets:
             each.close()
         if self._own_path is not None:
@@ -171,8 +174,6 @@ class DataServer:
 
 
 def _address(listener: socket.socket) -> str:
-    if listener.fileno() < 0:
-        return "closed"
     if listener.family == socket.AF_UNIX:
         return f"unix:{listener.getsockname()}"
     host, port = listener.getsockname()[:2]
