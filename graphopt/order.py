@@ -6,13 +6,23 @@ nodes between its ends (Pearce and Kelly, "A dynamic topological sort algorithm 
 the nodes between, never of the graph.
 """
 
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable
+from typing import Protocol
+from zlib import crc32
 
 from graphopt.errors import CycleError
 
 GAP = 1 << 256  # 256 insertions at one place before a relabelling of the whole graph
 
 Neighbours = Callable[[str], Iterable[str]]
+
+
+class Labels(Protocol):
+    """A mutable map from ids to labels: a dict, or an `immutables.MapMutation`."""
+
+    def __getitem__(self, id: str, /) -> int: ...
+    def __setitem__(self, id: str, label: int, /) -> None: ...
+    def __contains__(self, id: object, /) -> bool: ...
 
 
 class LabelsExhaustedError(Exception):
@@ -24,7 +34,7 @@ def topological(
     operands: Neighbours,
     users: Neighbours,
     *,
-    start: Callable[[str], object] | None = None,
+    start: Callable[[str], str] | None = None,
 ) -> list[str]:
     """`ids` so that operands among them come first, stable in the order given. Kahn's algorithm; CycleError names a cycle."""
     order = list(ids)
@@ -46,33 +56,39 @@ def topological(
 
 
 def place(
-    labels: MutableMapping[str, int], new: list[str], operands: Neighbours, users: Neighbours
+    labels: Labels, new: list[str], operands: Neighbours, users: Neighbours
 ) -> None:
     """Labels for the nodes `new`, given in topological order, between those of their neighbours.
 
-    A node whose operands lie after its users is placed after its operands; `repair` then moves the users.
+    A node whose operands lie after its users is placed after its operands; `repair` then moves the users. Nodes placed at one place
+    get labels that differ by a share drawn from their ids: equal labels would make later repairs fall back to a new labelling.
     Raises LabelsExhaustedError when two neighbours leave no integer between them.
     """
     for position, id in enumerate(new):
         low = max((labels[op] for op in operands(id) if op in labels), default=0)
         high = min((labels[user] for user in users(id) if user in labels), default=None)
         if high is None or high <= low:
-            labels[id] = low + GAP
+            labels[id] = low + _share(id, GAP)
             continue
         step = (high - low) // (len(new) - position + 1)  # even spacing for a chain of new nodes
         if step == 0:
             raise LabelsExhaustedError
-        labels[id] = low + step
+        labels[id] = low + _share(id, step)
 
 
 def repair(
-    labels: MutableMapping[str, int],
+    labels: Labels,
     source: str,
     target: str,
     operands: Neighbours,
     users: Neighbours,
 ) -> list[str]:
-    """Makes `label(source) < label(target)` for the new edge source -> target; returns the nodes that got another label."""
+    """Makes `label(source) < label(target)` for the new edge source -> target; returns the nodes that got another label.
+
+    What leads to `source` moves down and what follows `target` moves up, within the labels they have together, so every edge to other
+    nodes stays right. Nodes of equal label are unrelated and may share one again; a label on both sides would have to be given twice,
+    and LabelsExhaustedError is raised instead.
+    """
     low, high = labels[target], labels[source]
     if high < low:
         return []
@@ -80,18 +96,17 @@ def repair(
     if source in after:
         raise CycleError(f"the edge {source} -> {target} closes a cycle", where=target)
     before = _reach(source, operands, lambda id: id in labels and labels[id] >= low)
-    moved = [
-        *sorted(before, key=lambda id: (labels[id], id)),
-        *sorted(after, key=lambda id: (labels[id], id)),
-    ]
-    pool = sorted({labels[id] for id in moved})
-    while len(pool) < len(
-        moved
-    ):  # equal labels are legal between unrelated nodes, not along the repaired path
-        pool.append(pool[-1] + 1)
-    for id, label in zip(moved, pool, strict=True):
-        labels[id] = label
-    return moved
+    down, up = sorted({labels[id] for id in before}), sorted({labels[id] for id in after})
+    pool = sorted({*down, *up})
+    if len(pool) < len(down) + len(up):
+        raise LabelsExhaustedError
+    lower = dict(zip(down, pool[: len(down)], strict=True))
+    upper = dict(zip(up, pool[len(down) :], strict=True))
+    for id in before:
+        labels[id] = lower[labels[id]]
+    for id in after:
+        labels[id] = upper[labels[id]]
+    return sorted(before | after)
 
 
 def _reach(start: str, neighbours: Neighbours, within: Callable[[str], bool]) -> set[str]:
@@ -102,6 +117,11 @@ def _reach(start: str, neighbours: Neighbours, within: Callable[[str], bool]) ->
                 found.add(id)
                 stack.append(id)
     return found
+
+
+def _share(id: str, step: int) -> int:
+    """Between half and one and a half times `step`, the same for the same id; at least 1 where `step` is."""
+    return max(step // 2 + step * crc32(id.encode(errors="surrogatepass")) // (1 << 32), 1)
 
 
 def _decrement(waiting: dict[str, int], id: str) -> int:
