@@ -35,7 +35,7 @@ class Change:
     removed: frozenset[str] = frozenset()
     used: frozenset[str] = frozenset()  # values (nodes and inputs) whose set of users differs
     relabelled: frozenset[str] = frozenset()  # nodes whose topological label differs
-    constants: frozenset[str] = frozenset()  # put, replaced or dropped
+    constants: frozenset[str] = frozenset()  # put, replaced, dropped, or with other tied names
     inputs: frozenset[str] = frozenset()  # added, dropped or of another type
     outputs: bool = False
 
@@ -120,13 +120,22 @@ class Draft:
             )
         del self.constants[name]
         self._touched_consts.add(name)
-        for alias, target in self.base.aliases.items():
-            if target == name and alias in self.aliases:
+        for alias in {*self.base.aliases, *self._touched_aliases}:
+            if self.aliases.get(alias) == name:
                 del self.aliases[alias]
                 self._touched_aliases.add(alias)
 
     def add_alias(self, alias: str, name: str) -> None:
-        """Makes `alias` another name of the constant `name`."""
+        """Makes `alias` another name of the constant `name`; a name stands for one constant only."""
+        name, known = self.aliases.get(name, name), self.aliases.get(alias)
+        if known == name:
+            return
+        if alias in self.constants or known is not None:
+            raise DuplicateNodeError(
+                f"{alias!r} is {f'tied to {known!r}' if known else 'a constant'} already",
+                where=alias,
+                remedy="choose another name, or drop that one in the same delta",
+            )
         self.aliases[alias] = name
         self._touched_aliases.add(alias)
 
@@ -153,6 +162,8 @@ class Draft:
             )
         del self.inputs[name]
         self._touched_uses.add(name)
+        # At once, not in `finish`: an input added later in the delta brings its own ranges, as it would in a delta of its own.
+        self._drop_unused_symbols()
 
     def set_outputs(self, outputs: tuple[tuple[str, Ref], ...]) -> None:
         """Makes `outputs`, in this order, the model's outputs."""
@@ -203,8 +214,7 @@ class Draft:
         """The graph as edited; checks everything touched. Raises the DeltaError that says what is wrong."""
         self._check_references()
         self._fix_order()
-        used = set().union(*(symbols_of(dim) for type_ in self.inputs.values() for dim in type_.shape))
-        self.symbols = tuple(sorted((s for s in self.symbols if s.name in used), key=lambda s: s.name))
+        self._drop_unused_symbols()
         return Graph(
             self.name, self.nodes.finish(), tuple(self.inputs.items()), self.outputs, self.constants.finish(),
             self.aliases.finish(), self.symbols, self.users.finish(), self.const_users.finish(), self.labels.finish(),
@@ -226,15 +236,22 @@ class Draft:
             for n in old_inputs.keys() | new_inputs.keys()
             if old_inputs.get(n) != new_inputs.get(n)
         }
+        constants = {n for n in self._touched_consts if base.constants.get(n) != graph.constants.get(n)}
+        for alias in self._touched_aliases:
+            tied = {base.aliases.get(alias), graph.aliases.get(alias)}
+            constants |= {name for name in tied if name is not None} if len(tied) > 1 else set()
         return Change(
             frozenset(nodes), frozenset(removed),
             frozenset(id for id in self._touched_uses if base.users.get(id) != graph.users.get(id)),
             frozenset(id for id in self._relabelled if base.labels.get(id) != graph.labels.get(id) and id in graph.nodes),
-            frozenset(n for n in self._touched_consts if base.constants.get(n) != graph.constants.get(n)),
-            frozenset(inputs), base.outputs != graph.outputs,
+            frozenset(constants), frozenset(inputs), base.outputs != graph.outputs,
         )  # fmt: skip
 
     # -- helpers
+
+    def _drop_unused_symbols(self) -> None:
+        used = set().union(*(symbols_of(dim) for type_ in self.inputs.values() for dim in type_.shape))
+        self.symbols = tuple(sorted((s for s in self.symbols if s.name in used), key=lambda s: s.name))
 
     def _check_free(self, id: str) -> None:
         self._check_name(id)
@@ -349,6 +366,22 @@ class Draft:
                     remedy="rewire or remove them first",
                 )
 
+        self._check_aliases()
+
+    def _check_aliases(self) -> None:
+        """No node may still use a tied name that went away: its constant may exist again without it."""
+        for alias in self._touched_aliases:
+            target = self.base.aliases.get(alias)
+            if target is None or alias in self.aliases or alias in self.constants:
+                continue
+            used = [user for user in self.const_users.get(target, _EMPTY) if alias in self.get_node(user).consts]
+            if used:
+                raise NodeInUseError(
+                    f"{alias} is tied to {target} no longer but is used by {', '.join(sorted(used))}",
+                    where=alias,
+                    remedy="tie it again in the same delta, or remove them first",
+                )
+
     def _check_value(self, ref: Ref, user: str) -> None:
         if ref.id not in self.nodes and ref.id not in self.inputs:
             known = self.known_values()
@@ -373,17 +406,12 @@ class Draft:
             self._relabel(topological(fresh, self._operands, self._users))
             return
         try:
-            place(
-                self.labels,
-                topological(sorted(fresh), self._operands, self._users),
-                self._operands,
-                self._users,
-            )
+            order = topological(sorted(fresh), self._operands, self._users)
+            place(self.labels, order, self._operands, self._users)
+            self._relabelled.update(fresh)
+            self._repair_edges()
         except LabelsExhaustedError:
             self._relabel(topological(self._by_label(fresh), self._operands, self._users))
-            return
-        self._relabelled.update(fresh)
-        self._repair_edges()
 
     def _repair_edges(self) -> None:
         """Moves labels until every new edge agrees with them, one edge at a time.
