@@ -5,7 +5,6 @@ op may be used when it is functional: it does not mutate, has no `out=`, is not 
 shapes that depend on tensor contents (`nonzero`) are refused too: nothing downstream could be typed.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -159,13 +158,13 @@ def _scalar(param: Param, value: Any) -> Any:
 
 
 def same_literal(left: Any, right: Any) -> bool:
-    """Whether two literals are the same value of the same type (`1` is not `1.0`, nan is nan)."""
+    """Whether two literals are the same value of the same type (`1` is not `1.0`, nan is nan, `0.0` is not `-0.0`)."""
     if type(left) is not type(right):
         return False
     if isinstance(left, tuple):
         return len(left) == len(right) and all(map(same_literal, left, right))
-    if isinstance(left, float) and math.isnan(left):
-        return math.isnan(right)
+    if isinstance(left, float):
+        return repr(left) == repr(right)  # nan is nan, 0.0 is not -0.0
     return bool(left == right)
 
 
