@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from graphopt.constants import constant_of
+from graphopt.dims import symbols_of
 from graphopt.draft import Change, Draft
 from graphopt.errors import (
     DeltaError,
@@ -327,28 +328,47 @@ def difference(old: Graph, new: Graph, change: Change | None = None) -> Delta:
             edits.append(RemoveNode(id))
         if after is not None:
             added.append(after)
-    frame = old.outputs != new.outputs or old.inputs != new.inputs
+    frame = (old.outputs, old.inputs, old.symbols) != (new.outputs, new.inputs, new.symbols)
     if frame:
         edits.extend(_input_edits(old, new))
-    for name in sorted(constants):
-        before_const, after_const = old.constants.get(name), new.constants.get(name)
-        if before_const == after_const:
-            continue
-        if after_const is None:
-            edits.append(DropConstant(name))
-        else:
-            tied = tuple(sorted(alias for alias, target in new.aliases.items() if target == name))
-            edits.append(PutConstant(name, after_const, after_const.is_param, tied))
+    edits.extend(_constant_edits(old, new, constants))
     edits.extend(AddNode(node.id, node.op, node.args, node.kwargs) for node in added)
     if frame:
         edits.append(SetOutputs(new.outputs))
     return Delta(edits, allow_interface_change=frame)
 
 
+def _constant_edits(old: Graph, new: Graph, names: Iterable[str]) -> list[Primitive]:
+    """Drops first, so that a tied name may pass from one constant to another."""
+    drops: list[Primitive] = []
+    puts: list[Primitive] = []
+    before_tied, after_tied = _tied(old), _tied(new)
+    for name in sorted(names):
+        before, after = old.constants.get(name), new.constants.get(name)
+        was, tied = before_tied.get(name, ()), after_tied.get(name, ())
+        if before == after and was == tied:
+            continue
+        if before is not None and (after is None or not set(was) <= set(tied)):
+            drops.append(DropConstant(name))
+        if after is not None:
+            puts.append(PutConstant(name, after, after.is_param, tied))
+    return [*drops, *puts]
+
+
+def _tied(graph: Graph) -> dict[str, tuple[str, ...]]:
+    found: dict[str, tuple[str, ...]] = {}
+    for alias in sorted(graph.aliases):
+        found[graph.aliases[alias]] = (*found.get(graph.aliases[alias], ()), alias)
+    return found
+
+
 def _input_edits(old: Graph, new: Graph) -> list[Primitive]:
-    """Drops every input from the first difference on and adds the new ones: order is part of the interface."""
+    """Drops every input from the first difference on and adds the new ones: order is part of the interface, and so are ranges."""
+    moved = {symbol.name for symbol in set(old.symbols) ^ set(new.symbols)}
     same = 0
-    while same < min(len(old.inputs), len(new.inputs)) and old.inputs[same] == new.inputs[same]:
+    for before, after in zip(old.inputs, new.inputs, strict=False):
+        if before != after or any(symbols_of(dim) & moved for dim in before[1].shape):
+            break
         same += 1
     drops = [DropInput(name) for name, _ in old.inputs[same:]]
     return [
