@@ -96,16 +96,26 @@ class DataView:
         return len({r.idx for user in self.users(id) for r in nodes[user].refs if r.id == id}) <= 1
 
 
-def update_blocks(table: BlockTable, old: DataView, new: DataView, touched: Iterable[str]) -> tuple[BlockTable, set[str], set[str]]:
+@dataclass(frozen=True, slots=True)
+class BlockUpdate:
+    """The new table, and the exits of blocks that are `fresh`, `gone`, or the same and in another order among each other (`moved`)."""
+
+    table: BlockTable
+    fresh: frozenset[str] = frozenset()
+    gone: frozenset[str] = frozenset()
+    moved: frozenset[str] = frozenset()
+
+
+def update_blocks(table: BlockTable, old: DataView, new: DataView, touched: Iterable[str]) -> BlockUpdate:
     """The blocks of the new graph, from those of the old one.
 
-    `touched` are the nodes whose data neighbourhood, membership or label may differ. Returns the table, the exits of blocks that are gone
-    or made anew, and the exits made anew. Work: the blocks between the first and the last one whose values' lives changed.
+    `touched` are the nodes whose data neighbourhood, membership or label may differ. Work: the blocks between the first and the last one
+    whose values' lives changed.
     """
     touched = set(touched)
     span = _affected(table, old, new, touched)
     if span is None:
-        return table, set(), set()
+        return BlockUpdate(table)
     stale = table.run(*span) if span[0] else []
     entry = stale[0].entry if stale else START
     last = stale[-1].exit if stale else None
@@ -127,10 +137,15 @@ def update_blocks(table: BlockTable, old: DataView, new: DataView, touched: Iter
             member[id] = block.exit
     if after is not None:  # the stretch ended at a cut, which stays one
         links[made[-1].exit if made else entry] = after
-    fresh = {block.exit for block in made if kept.get(block.exit) != block}
-    gone = {exit_ for exit_, block in kept.items() if block not in made}
+    now = {block.exit: block for block in made}
+    before = [exit_ for exit_, block in kept.items() if now.get(exit_) == block]
+    survivors = [exit_ for exit_, block in now.items() if kept.get(exit_) == block]
     tail = table.tail if after is not None else (made[-1].exit if made else entry)
-    return BlockTable(blocks.finish(), links.finish(), member.finish(), tail), fresh | gone, fresh
+    return BlockUpdate(
+        BlockTable(blocks.finish(), links.finish(), member.finish(), tail),
+        frozenset(now.keys() - set(survivors)), frozenset(kept.keys() - set(survivors)),
+        frozenset(survivors if before != survivors else ()),
+    )  # fmt: skip
 
 
 def _affected(table: BlockTable, old: DataView, new: DataView, touched: set[str]) -> tuple[str, str] | None:

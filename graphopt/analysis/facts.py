@@ -18,15 +18,15 @@ from dataclasses import dataclass, field
 
 import immutables
 
-from graphopt.analysis.blocks import CONTEXT, END, BlockTable, DataView, update_blocks
+from graphopt.analysis.blocks import CONTEXT, END, BlockTable, BlockUpdate, DataView, update_blocks
 from graphopt.analysis.infer import infer_node
 from graphopt.analysis.propagate import backward_key, operand_nodes, propagate, user_nodes
 from graphopt.analysis.regions import Region, build_region
 from graphopt.analysis.traits import INTEGER, is_data, is_shape_query, node_traits
 from graphopt.draft import OUTPUT_PREFIX, Change
-from graphopt.errors import UnknownNodeError
+from graphopt.errors import TypeMismatchError, UnknownNodeError
 from graphopt.graph import Const, Graph, Ref
-from graphopt.types import ValueType
+from graphopt.types import SymIntType, ValueType
 
 _NONE: "immutables.Map[str, int]" = immutables.Map()
 
@@ -103,16 +103,17 @@ class _Updater:
         self.traits = old.traits.mutate()
         self.live = old.live.mutate()
         for id in self.change.removed:
-            for facts in (self.types, self.traits, self.live):
-                facts.pop(id, None)
+            for known in (self.types, self.traits, self.live):
+                known.pop(id, None)
         retyped = self._infer()
         retraited = self._trait()
         relived = self._liveness()
         types, traits, live = self.types.finish(), self.traits.finish(), self.live.finish()
-        blocks, dirty = self._blocks(traits, live, retraited | relived)
-        homes, rehomed = self._homes(traits, live, blocks, retraited | relived, dirty)
-        facts = Facts(graph, types, traits, live, blocks, homes, old.regions, old.readers, old.last_readers)
-        return self._regions(facts, dirty, retyped, rehomed)
+        self.moved = retraited | relived  # nodes that became data or context, live or not
+        blocks = self._blocks(traits, live)
+        homes, rehomed = self._homes(traits, live, blocks)
+        facts = Facts(graph, types, traits, live, blocks.table, homes, old.regions, old.readers, old.last_readers)
+        return self._regions(facts, blocks, retyped, rehomed)
 
     def trace(self, query: str, key: str) -> None:
         self.reran.setdefault(query, []).append(key)
@@ -138,8 +139,12 @@ class _Updater:
             "type", types, self.seeds, lambda id: infer_node(graph.nodes[id], lookup),
             graph.order_key, lambda id: user_nodes(graph, id), self.trace,
         )  # fmt: skip
-        for _, ref in graph.outputs:
-            lookup(ref)
+        for name, ref in graph.outputs:
+            if isinstance(lookup(ref), SymIntType):
+                raise TypeMismatchError(
+                    f"output {name} would be the integer {ref}; outputs are tensors",
+                    where=OUTPUT_PREFIX + name, remedy="make a tensor of it with aten.full.default",
+                )  # fmt: skip
         return changed
 
     def _trait(self) -> set[str]:
@@ -162,39 +167,38 @@ class _Updater:
             )
 
         seeds = {id for id in self.change.used | self.change.nodes if id in graph.nodes}
+        for id in self.change.nodes:  # under the same id, what asks for a size keeps nothing alive, and what reads the value does
+            before = self.old.graph.nodes.get(id)
+            if before is not None and is_shape_query(before) != is_shape_query(graph.nodes[id]):
+                seeds |= operand_nodes(graph, id)
         return propagate(
             "live", live, seeds, compute, backward_key(graph), lambda id: operand_nodes(graph, id), self.trace
         )
 
-    def _blocks(
-        self, traits: "immutables.Map[str, int]", live: "immutables.Map[str, bool]", remembered: set[str]
-    ) -> tuple[BlockTable, set[str]]:
+    def _blocks(self, traits: "immutables.Map[str, int]", live: "immutables.Map[str, bool]") -> BlockUpdate:
         change = self.change
-        touched = set(change.nodes | change.removed | change.used | change.relabelled | remembered)
+        touched = set(change.nodes | change.removed | change.used | change.relabelled | self.moved)
+        for name in change.inputs:  # what reads an input starts a path of data, or no longer does
+            touched.update(user_nodes(self.graph, name))
         for graph in (self.old.graph, self.graph):  # a member's coming or going changes its neighbours' lives
-            for id in (*remembered, *change.nodes, *change.removed):
+            for id in (*self.moved, *change.nodes, *change.removed):
                 if id in graph.nodes:
                     touched.update(user_nodes(graph, id))
                     touched.update(operand_nodes(graph, id))
         before = DataView(self.old.graph, self.old.traits, self.old.live)
-        table, dirty, made = update_blocks(self.old.blocks, before, DataView(self.graph, traits, live), touched)
-        for exit_ in sorted(made):
+        found = update_blocks(self.old.blocks, before, DataView(self.graph, traits, live), touched)
+        for exit_ in sorted(found.fresh):
             self.trace("blocks", exit_)
-        return table, dirty
+        return found
 
     def _homes(
-        self,
-        traits: "immutables.Map[str, int]",
-        live: "immutables.Map[str, bool]",
-        blocks: BlockTable,
-        remembered: set[str],
-        dirty: set[str],
+        self, traits: "immutables.Map[str, int]", live: "immutables.Map[str, bool]", update: BlockUpdate
     ) -> tuple["immutables.Map[str, str]", set[str]]:
-        graph, homes = self.graph, self.old.homes.mutate()
-        moved = {id for exit_ in dirty for table in (self.old.blocks, blocks) if exit_ in table.blocks
-                 for id in table.blocks[exit_].nodes}  # fmt: skip
-        seeds = set(self.change.nodes | self.change.used | remembered)
-        for id in moved | set(self.change.nodes):
+        graph, homes, blocks = self.graph, self.old.homes.mutate(), update.table
+        reblocked = {id for exit_ in update.fresh | update.gone for table in (self.old.blocks, blocks) if exit_ in table.blocks
+                     for id in table.blocks[exit_].nodes}  # fmt: skip
+        seeds = set(self.change.nodes | self.change.used | self.moved)
+        for id in reblocked | self.moved | self.change.nodes:
             if id in graph.nodes:
                 seeds |= operand_nodes(graph, id)
 
@@ -224,9 +228,9 @@ class _Updater:
 
     # -- regions
 
-    def _regions(self, facts: Facts, dirty: set[str], retyped: set[str], rehomed: set[str]) -> Update:
+    def _regions(self, facts: Facts, blocks: BlockUpdate, retyped: set[str], rehomed: set[str]) -> Update:
         graph, old = self.graph, self.old
-        stale = set(dirty)
+        stale = set(blocks.fresh | blocks.gone) | self._other_outputs_read(facts)
         nodes = set(self.change.nodes | self.change.removed | retyped | rehomed)
         for id in retyped:
             nodes.update(user_nodes(graph, id))
@@ -247,6 +251,8 @@ class _Updater:
         for exit_ in sorted(stale - {CONTEXT}):
             region = self._block_region(facts, exit_, taps) if exit_ in facts.blocks.blocks else None
             self._replace(facts.blocks, regions, readers, exit_, region, recounted, changed, gone)
+        for exit_ in blocks.fresh | blocks.moved:  # they may read what they read before, and in another order
+            recounted.update(self._foreign(regions.get(exit_), facts.blocks))
         counted = readers.finish()
         readers = counted.mutate()
         context = self._context_region(facts, counted, taps)
@@ -267,6 +273,16 @@ class _Updater:
             done, self.reran, frozenset(changed), frozenset(gone), frozenset(weights - changed),
             frozenset(b for b in released - changed - weights if b in done.regions),
         )  # fmt: skip
+
+    def _other_outputs_read(self, facts: Facts) -> set[str]:
+        """The blocks whose exit has several outputs, and another one of them may be read now."""
+        found: set[str] = set()
+        for source in (self.old, facts):
+            nodes = source.graph.nodes
+            for id in self.change.nodes | self.change.removed | self.moved:
+                refs = nodes[id].refs if id in nodes else ()
+                found.update(ref.id for ref in refs if ref.id in nodes and nodes[ref.id].spec.returns != 1)
+        return {id for id in found if id in facts.blocks.blocks}
 
     def _output_readers(self, facts: Facts) -> set[str]:
         """The blocks that read a value that is, or was, an output: they may let go of it, or may no longer."""
