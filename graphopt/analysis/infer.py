@@ -10,14 +10,21 @@ from functools import lru_cache
 from typing import Any
 
 from graphopt.analysis import probe, rules
-from graphopt.dims import evaluate
+from graphopt.dims import Expr, evaluate
 from graphopt.errors import LimitError, TypeMismatchError
 from graphopt.graph import Arg, Const, Node, Ref
 from graphopt.limits import OUTPUT_BYTES_MAX
-from graphopt.ops import SYM_OPS, get_spec
+from graphopt.ops import SYM_OPS, Param, get_spec
 from graphopt.types import DTYPE_BYTES, SymIntType, TensorType, ValueType
 
 Lookup = Callable[[Ref | Const], ValueType]
+# Ops whose every entry takes a number for their second tensor; others do so in torch.ops and refuse it in the quicker bindings.
+_NUMBER_FOR_TENSOR = frozenset(
+    {
+        "add", "sub", "mul", "div", "floor_divide", "remainder", "fmod", "pow", "eq", "ne", "lt", "le", "gt", "ge",
+        "bitwise_and", "bitwise_or", "bitwise_xor",
+    }
+)  # fmt: skip
 NODES_REMEMBERED = 65_536  # distinct (op, argument types); a 24-layer model has about 60
 
 
@@ -93,10 +100,24 @@ def _check_kinds(op: str, bound: dict[str, Any]) -> None:
     for param in get_spec(op).params:
         value = bound[param.name] = plain(bound[param.name])
         for item in value if isinstance(value, tuple) else (value,):
-            if isinstance(item, TensorType) and param.kind != "Tensor":
-                raise TypeMismatchError(f"{param.name} takes {param.kind}, not a tensor")
-            if item is None and not param.is_list and param.kind == "Tensor" and not param.is_optional:
-                raise TypeMismatchError(f"{param.name} is missing")
+            _check_kind(op, param, item)
+        if value is None and not param.is_optional and not param.has_default:
+            raise TypeMismatchError(f"{param.name} is missing")
+
+
+def _check_kind(op: str, param: Param, item: Any) -> None:
+    """A reference may turn out to be what its place cannot take; literals were checked when the node was made."""
+    if isinstance(item, TensorType):
+        if param.kind != "Tensor":
+            raise TypeMismatchError(f"{param.name} takes {param.kind}, not a tensor")
+    elif param.kind == "Tensor":
+        takes_number = param.name in ("other", "exponent") and op.split(".")[1] in _NUMBER_FOR_TENSOR
+        if item is not None and not takes_number:
+            raise TypeMismatchError(f"{param.name} takes a tensor, not {item}", remedy="make one with aten.full.default")
+    elif isinstance(item, Expr) and param.kind not in ("int", "number", "float"):
+        raise TypeMismatchError(f"{param.name} takes {param.kind}, not a size")
+    elif isinstance(item, int) and not isinstance(item, bool) and param.kind in ("bool", "str", "ScalarType", "MemoryFormat"):
+        raise TypeMismatchError(f"{param.name} takes {param.kind}, not a size")
 
 
 def _check_size(op: str, types: tuple[ValueType, ...]) -> None:
