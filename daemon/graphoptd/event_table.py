@@ -66,6 +66,7 @@ FIELDS: Mapping[str, Field] = _fields(
     ("request_id", "string", "id", "request, as its client named it"),
     ("region", "string", "key", "region of the graph, by its structural key"),
     ("backend", "string", "name", "backend of a candidate: eager, fused, onnxruntime, ..."),
+    ("block", "string", "id", "block of the graph, by the node whose value leaves it"),
     ("node", "string", "id", "node of the graph"),
     # -- who and where
     ("peer_uid", "integer", "uid", "user at the other end of the socket"),
@@ -80,6 +81,9 @@ FIELDS: Mapping[str, Field] = _fields(
     ("pid", "integer", "pid", "process the line is about"),
     ("owner", "string", "name", "who set a pin"),
     # -- what and why
+    ("kind", "string", "delta or rollback", "how a revision came about"),
+    ("summary", "string", "text", "edits of a delta by kind"),
+    ("job", "string", "text", "what the background was doing"),
     ("version", "string", "", "version of graphopt"),
     ("torch_version", "string", "", "version of torch"),
     ("code", "string", "dotted", "error code, one of the closed set of graphopt.errors"),
@@ -236,7 +240,8 @@ EVENTS: Mapping[str, Event] = _events(
         "delta.applied",
         "info",
         "a delta is durable and live",
-        "graph revision edits",
+        "graph revision",
+        "kind summary edits "
         "delta_id from_revision plan_id affected_nodes inferred_nodes blocks_replanned "
         "blocks_reused live_ms predicted_ms from_predicted_ms bytes source peer_uid dry_run "
         "repeated",
@@ -258,16 +263,16 @@ EVENTS: Mapping[str, Event] = _events(
     (
         "plan.verified",
         "info",
-        "a candidate's outputs agree with the reference",
+        "outputs of candidates agree with the reference; with blocks, the worst of so many",
         "graph revision",
-        "plan_id region backend error_max tolerance measured_ms predicted_ms duration_ms",
+        "blocks plan_id region backend error_max tolerance measured_ms predicted_ms duration_ms",
     ),
     (
         "plan.refused",
         "warning",
         "a candidate was not taken",
         "graph revision reason",
-        "plan_id region backend code error_max tolerance predicted_ms measured_ms from_measured_ms",
+        "block plan_id region backend code error_max tolerance predicted_ms measured_ms from_measured_ms",
     ),
     (
         "plan.published",
@@ -381,6 +386,13 @@ EVENTS: Mapping[str, Event] = _events(
         "the builder process ended by itself; requests are not concerned",
         "pid reason",
         "exit_code graph region backend attempt",
+    ),
+    (
+        "builder.failed",
+        "warning",
+        "a background job failed; requests are not concerned",
+        "job message",
+        "graph",
     ),
     (
         "request.failed",
