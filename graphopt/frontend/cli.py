@@ -9,10 +9,13 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from graphopt.errors import GraphoptError
 from graphopt.frontend.sources import FORMS, is_source, load_source
-from graphopt.graph import Graph, Symbol
+
+if TYPE_CHECKING:  # importing it loads torch, which help and usage errors need not wait for
+    from graphopt.graph import Graph, Symbol
 
 OK, REFUSED = 0, 1  # 2 is argparse's own
 
@@ -75,7 +78,7 @@ def _import(options: argparse.Namespace) -> int:
     return OK
 
 
-def summary(graph: Graph, path: Path, elapsed_s: float) -> str:
+def summary(graph: "Graph", path: Path, elapsed_s: float) -> str:
     """What was imported, for people."""
     size = sum(c.tensor.numel() * c.tensor.element_size() for c in graph.constants.values())
     lines = [
@@ -89,7 +92,7 @@ def summary(graph: Graph, path: Path, elapsed_s: float) -> str:
     return "\n".join(lines)
 
 
-def _range(symbol: Symbol) -> str:
+def _range(symbol: "Symbol") -> str:
     most = f"to {symbol.max}" if symbol.max is not None else "or more"
     return f"{symbol.name} {symbol.min} {most}"
 

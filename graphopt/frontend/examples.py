@@ -86,6 +86,13 @@ def prepare_call(forward: Callable[..., Any], examples: Any, shapes: Shapes) -> 
             remedy=f"its forward takes {signature}",
         ) from error
     told = None if shapes is None else _by_parameter(bound.arguments, shapes)
+    keywords = [p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
+    if told is not None and keywords and keywords[0] in bound.arguments:
+        raise ImportRefusedError(
+            f"torch cannot trace dynamic dims beside inputs that forward takes as **{keywords[0]}",
+            where=", ".join(bound.arguments[keywords[0]]),
+            remedy="name these inputs in the parameters of forward",
+        )
     for name, value in bound.arguments.items():
         bound.arguments[name] = _copied(value, (told or {}).get(name))
     return Call(bound.args, bound.kwargs, told, _positional_names(signature, len(bound.args)))

@@ -11,11 +11,13 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from graphopt.errors import ImportRefusedError
 from graphopt.frontend.names import unique_name
-from graphopt.graph import Graph
+
+if TYPE_CHECKING:
+    from graphopt.graph import Graph
 
 FORMS = "hf:DIR (a transformers folder), module:factory, or FILE.pt2"
 _FACTORY = re.compile(r"([A-Za-z_][\w.]*):([A-Za-z_]\w*)\Z")
@@ -33,7 +35,7 @@ def is_source(text: str) -> bool:
 
 def load_source(
     source: str, *, name: str = "", task: str | None = None, inputs: Sequence[str] = (), say: Say
-) -> Graph:
+) -> "Graph":
     """The graph of `source`, which has one of the `FORMS`. `say` is told what takes long.
 
     Raises:
@@ -50,14 +52,14 @@ def load_source(
 
 def _from_folder(
     folder: str, name: str, task: str | None, inputs: Sequence[str], say: Say
-) -> Graph:
+) -> "Graph":
     say(f"reading {folder} and tracing the model")
     from graphopt.frontend.huggingface import from_folder  # loads torch: seconds, after the message
 
     return from_folder(folder, task=task, inputs=inputs, name=name)
 
 
-def _from_pt2(path: Path, name: str, say: Say) -> Graph:
+def _from_pt2(path: Path, name: str, say: Say) -> "Graph":
     if not path.is_file():
         raise ImportRefusedError("no such file", where=str(path), remedy="check the path")
     say("warning: " + _PT2_WARNING.format(path=path))
@@ -79,7 +81,7 @@ def _from_pt2(path: Path, name: str, say: Say) -> Graph:
     return from_program(program, unique_name(name or path.stem, ()), share_memory=True)
 
 
-def _from_factory(module_name: str, factory: str, name: str, say: Say) -> Graph:
+def _from_factory(module_name: str, factory: str, name: str, say: Say) -> "Graph":
     where = f"{module_name}:{factory}"
     if "" not in sys.path:
         sys.path.insert(0, "")  # the current folder, as `python -m` has it

@@ -160,6 +160,36 @@ def test_nested_and_keyword_inputs_are_named_after_their_parameters():
     assert torch.equal(call(graph, y, (y, {"deep": y}), scale=y), (y + y * y) * y)
 
 
+def test_variadic_inputs_are_numbered_and_python_arguments_are_fixed():
+    class Variadic(nn.Module):
+        def forward(self, *xs):
+            return xs[0] - xs[1]
+
+    class Options(nn.Module):
+        def forward(self, x, times=2, flip=False):
+            return -x * times if flip else x * times
+
+    x = torch.randn(1, 4)
+    graph = check(Variadic(), (x, x))
+    assert [name for name, _ in graph.inputs] == ["xs_0", "xs_1"]
+    graph = from_torch(Options(), (x, 3, True), "batch")
+    assert [name for name, _ in graph.inputs] == ["x"]
+    assert torch.equal(call(graph, x), -x * 3)
+
+
+def test_torchs_own_hints_give_dims_named_by_position():
+    x, ids = torch.randn(4, 6), torch.ones(4, 3, dtype=torch.long)
+    hints = {"x": {0: Dim.AUTO, 1: Dim.DYNAMIC}, "pair": ({0: Dim.AUTO, 1: Dim.DYNAMIC},)}
+
+    class Two(nn.Module):
+        def forward(self, x, pair):
+            return x * 2, pair[0] * 2
+
+    graph = from_torch(Two(), (x, (ids,)), hints)
+    assert [str(type_) for _, type_ in graph.inputs] == ["f32[batch, x_1]", "i64[batch_1, seq]"]
+    assert {symbol.min for symbol in graph.symbols} == {1}
+
+
 def test_named_tuples_and_single_tuples_are_told_apart():
     pair = collections.namedtuple("Pair", "mean scale")
 

@@ -112,6 +112,19 @@ def test_a_dim_that_the_model_fixes_is_refused_with_torchs_reason():
     assert "batch = 3" in refusal.value.remedy
 
 
+def test_relations_between_dims_and_dynamic_keyword_rests_are_refused():
+    class Rest(nn.Module):
+        def forward(self, x, **rest):
+            return x + rest["y"]
+
+    x = torch.randn(4, 4)
+    with pytest.raises(ImportRefusedError, match="not a polynomial"):
+        from_torch(nn.ReLU(), (x,), ({0: 2 * torch.export.Dim("half")},))
+    with pytest.raises(ImportRefusedError, match=r"as \*\*rest"):
+        from_torch(Rest(), {"x": x, "y": x}, "batch")
+    assert len(from_torch(Rest(), {"x": x, "y": x}).inputs) == 2
+
+
 @pytest.mark.parametrize(
     ("examples", "shapes", "where"),
     [
