@@ -1,0 +1,116 @@
+"""Runs: adjacent blocks that are worth one step: a fused kernel would span the cut between them.
+
+Cuts lie wherever one data value crosses, so a convolution, its batch-norm and its activation are
+three blocks when they lie on the model's spine. Whether two neighbours join depends on the ops at
+their cut alone, so runs are found locally and are the same whether a graph was edited into its
+shape or built in it.
+
+Deliberately absent: whether a run is quicker; that is decided by the builder of its step and by
+measurement.
+"""
+
+from graphopt.analysis.blocks import CONTEXT, END, START
+from graphopt.analysis.facts import Facts
+from graphopt.analysis.regions import Region, build_region
+from graphopt.executor.build import bind_run
+from graphopt.executor.codegen import compile_source, eager_source
+from graphopt.executor.plan import Plan, Step
+from graphopt.graph import Ref
+
+_CONVOLUTIONS = frozenset({"aten.conv2d.default", "aten.convolution.default"})
+_LINEARS = frozenset({"aten.linear.default", "aten.addmm.default"})
+_BATCH_NORMS = frozenset({"aten.batch_norm.default"})
+_ACTIVATIONS = frozenset(
+    f"aten.{name}.default"
+    for name in (
+        "relu", "gelu", "silu", "tanh", "sigmoid", "hardtanh", "hardswish", "hardsigmoid",
+        "leaky_relu", "relu6", "clamp",
+    )
+)  # fmt: skip
+# The op of a cut value -> the ops of its only reader that join the two blocks. No chain through
+# this table is longer than pad, convolution, batch-norm, activation, so no run is longer than
+# four blocks.
+_JOINS = {
+    **dict.fromkeys(_CONVOLUTIONS, _BATCH_NORMS | _ACTIVATIONS),
+    **dict.fromkeys(_LINEARS, _ACTIVATIONS),
+    **dict.fromkeys(_BATCH_NORMS, _ACTIVATIONS),
+    "aten.add.Tensor": frozenset({"aten.relu.default"}),
+    "aten.pad.default": _CONVOLUTIONS,
+    "aten.constant_pad_nd.default": _CONVOLUTIONS,
+}
+
+
+def run_of(facts: Facts, block: str) -> tuple[str, ...]:
+    """The run that holds `block`, in order; most are of one block. O(1)."""
+    if block == CONTEXT:
+        return (block,)
+    table = facts.blocks
+    first = block
+    while (entry := table.blocks[first].entry) != START and joins(facts, entry):
+        first = entry
+    run = [first]
+    while run[-1] != END and joins(facts, run[-1]):
+        run.append(table.next[run[-1]])
+    return tuple(run)
+
+
+def joins(facts: Facts, cut: str) -> bool:
+    """Whether the block that ends at `cut` and the next one belong together."""
+    after = facts.blocks.next.get(cut)
+    if after is None:
+        return False
+    users = list(facts.graph.users.get(cut, ()))
+    if len(users) != 1 or users[0] not in facts.graph.nodes:
+        return False
+    return facts.graph.nodes[users[0]].op in _JOINS.get(facts.graph.nodes[cut].op, ())
+
+
+def run_region(facts: Facts, run: tuple[str, ...]) -> Region:
+    """What a run computes; for a single block the region that the facts hold already."""
+    if len(run) == 1:
+        return facts.regions[run[0]]
+    inside = set(run)
+    exits: dict[Ref, None] = {}
+    for block in run:
+        for ref in facts.regions[block].exits:
+            if block == run[-1] or ref.id != block or _is_output(facts, ref):
+                exits[ref] = None
+    return build_region(
+        facts.graph, facts.type_of, tuple(exits), lambda id: facts.home_of(id) in inside
+    )
+
+
+def eager_run(facts: Facts, run: tuple[str, ...]) -> Step:
+    """The step that runs `run` on ordinary kernels: what its candidates are compared with."""
+    region = run_region(facts, run)
+    source = eager_source(region, facts)
+    function = compile_source(source.text(), source.names, f"eager {region.key[:12]}")
+    constants = tuple(facts.graph.constants[name].tensor for name in region.consts)
+    return bind_run(facts, run, region, "eager", function, constants)
+
+
+def with_steps(plan: Plan, steps: list[Step]) -> Plan:
+    """`plan` with `steps` in the place of the steps of the same blocks.
+
+    Raises ValueError when the plan has no row of steps for exactly the blocks of one of them: it
+    was made for another revision.
+    """
+    position = {step.blocks[0]: i for i, step in enumerate(plan.steps)}
+    row: list[Step | None] = list(plan.steps)
+    for step in steps:
+        at = position.get(step.blocks[0], len(row))
+        covered: list[str] = []
+        for i in range(at, len(row)):
+            if len(covered) >= len(step.blocks):
+                break
+            covered += plan.steps[i].blocks
+            row[i] = None
+        if tuple(covered) != step.blocks:
+            raise ValueError(f"{plan} has no row of steps for {step.blocks}")
+        row[at] = step
+    kept = tuple(step for step in row if step is not None)
+    return Plan(plan.graph, plan.revision, kept, sum(step.digest for step in kept))
+
+
+def _is_output(facts: Facts, ref: Ref) -> bool:
+    return any(out == ref for _, out in facts.graph.outputs)
