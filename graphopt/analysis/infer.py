@@ -18,18 +18,16 @@ from graphopt.ops import SYM_OPS, Param, get_spec
 from graphopt.types import DTYPE_BYTES, SymIntType, TensorType, ValueType
 
 Lookup = Callable[[Ref | Const], ValueType]
-# Ops whose every entry takes a number for their second tensor; others do so in torch.ops and refuse it in the quicker bindings.
-_NUMBER_FOR_TENSOR = frozenset(
-    {
-        "add", "sub", "mul", "div", "floor_divide", "remainder", "fmod", "pow", "eq", "ne", "lt", "le", "gt", "ge",
-        "bitwise_and", "bitwise_or", "bitwise_xor",
-    }
-)  # fmt: skip
+# Ops whose every entry takes a number for their second tensor; torch has scalar overloads of the others.
+_NUMBER_FOR_TENSOR = frozenset({"add", "sub", "mul", "div", "floor_divide"})
 NODES_REMEMBERED = 65_536  # distinct (op, argument types); a 24-layer model has about 60
 
 
 def infer_node(node: Node, lookup: Lookup) -> tuple[ValueType, ...]:
-    """The types of the outputs of `node`. Raises TypeMismatchError naming the node when the op does not take its operands."""
+    """The types of the outputs of `node`.
+
+    Raises, naming the node: TypeMismatchError when the op does not take its operands, LimitError when it would make too much of them.
+    """
     args = tuple(_resolve(arg, lookup, node) for arg in node.args)
     kwargs = tuple((name, _resolve(value, lookup, node)) for name, value in node.kwargs)
     try:
@@ -41,6 +39,9 @@ def infer_node(node: Node, lookup: Lookup) -> tuple[ValueType, ...]:
             where=node.id,
             remedy=error.remedy or "see the types with `graphoptctl show`",
         ) from None
+    except LimitError as error:
+        error.where = node.id
+        raise
 
 
 @lru_cache(maxsize=NODES_REMEMBERED)
@@ -111,7 +112,7 @@ def _check_kind(op: str, param: Param, item: Any) -> None:
         if param.kind != "Tensor":
             raise TypeMismatchError(f"{param.name} takes {param.kind}, not a tensor")
     elif param.kind == "Tensor":
-        takes_number = param.name in ("other", "exponent") and op.split(".")[1] in _NUMBER_FOR_TENSOR
+        takes_number = param.name == "other" and op.split(".")[1] in _NUMBER_FOR_TENSOR
         if item is not None and not takes_number:
             raise TypeMismatchError(f"{param.name} takes a tensor, not {item}", remedy="make one with aten.full.default")
     elif isinstance(item, Expr) and param.kind not in ("int", "number", "float"):

@@ -167,26 +167,18 @@ class Host:
             self._add(self._make(name, recovered), "model.recovered")
 
     def _schedule(self, model: LiveModel) -> None:
-        self._background.submit(f"reap {model.name}", lambda: self._tend(model))
+        if self.settings.improve:
+            self._background.submit(f"improve {model.name}", lambda: self._improver.improve(model))
+        self._background.submit(f"tend {model.name}", lambda: self._tend(model))
 
     def _tend(self, model: LiveModel) -> None:
-        """What follows a change, off the live path: better steps, old plans let go, a snapshot when one is due."""
-        if self.settings.improve:
-            self._improver.improve(model)
+        """Housekeeping after a change, off the live path: old plans let go, a snapshot when one is due."""
         model.slot.reap()
-        used = {
-            (step.key, step.weights)
-            for other in self.models().values()
-            for step in other.slot.plan.steps
-        }
+        used = {(step.key, step.weights) for other in self.models().values() for step in other.slot.plan.steps}
         self._shelf.trim(used.__contains__)
-        if (
-            self._journal is not None
-            and self._journal.is_snapshot_due(model.name)
-            and model.name in self._models
-        ):
-            model.snapshot(self._journal.snapshot)
-        if self._journal is not None:
+        if self._journal is not None and model.name in self._models:
+            if self._journal.is_snapshot_due(model.name):
+                model.snapshot(self._journal.snapshot)
             self._journal.checkpoint()
 
     def _check_free(self, name: str) -> None:

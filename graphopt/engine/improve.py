@@ -51,7 +51,7 @@ class Improver:
             if model.revision != revision:
                 return
             self._try(model, facts, block, values)
-        model.publish_steps(revision, model.live_step)
+        model.publish_better(plan, facts)
 
     def _try(self, model: LiveModel, facts: Facts, block: str, values: Mapping[str, Any]) -> None:
         key = _key(facts, block)

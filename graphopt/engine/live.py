@@ -22,9 +22,10 @@ from graphopt.engine.ledger import HISTORY_LINES_MAX, Ledger, Recovered
 from graphopt.engine.records import Applied, DryRun, EngineSettings, Result, RevisionInfo
 from graphopt.engine.shelf import Shelf
 from graphopt.errors import DeltaError, DuplicateDeltaError, GraphoptError, PreconditionError
-from graphopt.executor.build import EagerBuilder, bind_step, build_plan, replan, weight_key
+from graphopt.executor.build import EagerBuilder, bind_run, build_plan, replan, weight_key
 from graphopt.executor.plan import Plan, Step
 from graphopt.executor.publish import Slot
+from graphopt.executor.runs import run_of, run_region
 from graphopt.graph import Graph
 from graphopt.limits import REVISIONS_KEPT_MAX
 
@@ -155,31 +156,30 @@ class LiveModel:
 
     def live_step(self, facts: Facts, block: str) -> Step:
         """The best step that can go live at once: verified for exactly this region and these weights, else eager."""
-        region = facts.regions[block]
-        found = self._shelf.find((region.key, weight_key(facts.graph, region)))
-        if found is not None:
-            return bind_step(facts, block, found.tier, found.function, found.constants)
+        run = run_of(facts, block)
+        if run[0] == block:
+            region = run_region(facts, run)
+            found = self._shelf.find((region.key, weight_key(facts.graph, region)))
+            if found is not None:
+                return bind_run(facts, run, region, found.tier, found.function, found.constants)
         return self._eager(facts, block)
 
-    def publish_steps(self, revision: int, make: Callable[[Facts, str], Step]) -> bool:
-        """Publishes a plan of better steps for `revision`; False when the model has moved on."""
-        with self._writing:
-            if revision != self.revision:
-                return False
-            old = self.slot.plan
-            by_block = {step.block: step for step in old.steps}
-            plan = build_plan(
-                self.facts,
-                revision,
-                lambda facts, block: _keep(by_block, block, make(facts, block)),
-            )
-            if plan.id == old.id:
-                return True
-            self.slot.publish(plan)
-            self.settings.events("plan.published", {
-                "graph": self.name, "revision": revision, "plan": plan.id, "tiers": plan.tiers(),
-            })  # fmt: skip
+    def publish_better(self, old: Plan, facts: Facts) -> bool:
+        """Publishes a plan that uses what the shelf now holds, in the place of `old`; False when the model has moved on.
+
+        The plan is made before the writer's lock is taken: deltas do not wait for it.
+        """
+        by_digest = {step.digest: step for step in old.steps}
+        plan = build_plan(facts, old.revision, lambda facts, block: _same(by_digest, self.live_step(facts, block)))
+        if plan.id == old.id:
             return True
+        with self._writing:
+            if self.slot.plan is not old:
+                return False
+            self.slot.publish(plan)
+        fields = {"graph": self.name, "revision": plan.revision, "plan_id": plan.id, "from_plan_id": old.id, "tiers": plan.tiers()}
+        self.settings.events("plan.published", fields)
+        return True
 
     # -- helpers
 
@@ -262,16 +262,10 @@ def _replanned(new: Update) -> frozenset[str]:
     return new.regions_changed | new.weights_changed | new.released
 
 
-def _keep(by_block: Mapping[str, Step], block: str, made: Step) -> Step:
-    old = by_block.get(block)
-    return (
-        old
-        if old is not None
-        and old.digest == made.digest
-        and old.frees == made.frees
-        and old.reads == made.reads
-        else made
-    )
+def _same(by_digest: Mapping[int, Step], made: Step) -> Step:
+    """The step of the old plan that `made` repeats, so that plans share objects."""
+    old = by_digest.get(made.digest)
+    return old if old is not None and old.frees == made.frees and old.reads == made.reads else made
 
 
 def _summary(delta: Delta) -> str:

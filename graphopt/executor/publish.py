@@ -7,6 +7,7 @@ any case; epochs decide *when* to drop, so that no request thread ever pays for 
 """
 
 import threading
+import time
 from collections import deque
 from collections.abc import Mapping
 from weakref import WeakSet
@@ -35,6 +36,7 @@ class Slot:
         self.plan = plan
         self.last_good = plan
         self.epoch = 0
+        self.publish_s = 0.0  # what the last publication took, seconds
         self._local = threading.local()
         self._readers: WeakSet[Reader] = WeakSet()
         self._lock = threading.Lock()  # writers, and threads on their first request
@@ -62,8 +64,10 @@ class Slot:
         """Makes `plan` the one that every request admitted from now on runs."""
         with self._lock:
             old = self.plan
+            start_s = time.perf_counter()
             self.plan = plan
             self.epoch += 1
+            self.publish_s = time.perf_counter() - start_s
             if plan.revision != old.revision:
                 self.last_good = plan  # the live-path plan of a revision is its first good one
             self._retired.append((self.epoch, old))
