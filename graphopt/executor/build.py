@@ -104,7 +104,7 @@ def replan(plan: Plan, update: Update, revision: int, make: MakeStep) -> tuple[P
     return Plan(facts.graph, revision, steps, digest), len(fresh) + (CONTEXT in remade)
 
 
-def _stretch(graph: Graph, body: tuple[Step, ...], stale: set[str]) -> tuple[int, int]:
+def _stretch(graph: Graph, body: tuple[Step, ...], stale: Set[str]) -> tuple[int, int]:
     """The row positions from the first to behind the last step whose block is in `stale`. O(stale * log(steps))."""
 
     def key(step: Step) -> tuple[int, str]:
