@@ -41,7 +41,7 @@ class Host:
         self._clocks = clocks
         self._eager = EagerBuilder()
         self._shelf = Shelf()
-        self._improver = Improver(self._eager, self._shelf)
+        self._improver = Improver(self._shelf)
         self._models: dict[str, LiveModel] = {}
         self._changing = threading.Lock()  # one load, unload or fork at a time
         self.folder = (

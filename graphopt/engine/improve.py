@@ -1,101 +1,130 @@
 """The better path of this tier: prepares `fused` steps in the background, proves them, publishes them.
 
 Blocks keep running `eager` until their candidate is verified on inputs of the model's own (the last request's, or made up before the first).
-A candidate that fails is refused with its evidence and not tried again for these weights.
+A candidate that fails is refused with its evidence and not tried again for this region and these weights.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import torch
 
+from graphopt.analysis.blocks import CONTEXT
 from graphopt.analysis.facts import Facts
 from graphopt.engine.live import LiveModel
-from graphopt.engine.shelf import Candidate, Shelf
-from graphopt.executor.build import EagerBuilder, weight_key
+from graphopt.engine.shelf import Candidate, Key, Shelf
+from graphopt.errors import RequestError
+from graphopt.executor.build import weight_key
 from graphopt.executor.fused import FusedBuilder
-from graphopt.executor.plan import Step
-from graphopt.executor.verify import capture_boundaries, sample_inputs, verify_step
+from graphopt.executor.plan import Plan, Step, bind_inputs, run_steps
+from graphopt.executor.runs import eager_run, run_of, run_region
+from graphopt.executor.samples import Sample, sample_inputs
+from graphopt.executor.verify import verify_step
 
 REFUSED_KEPT = 4_096  # (region, weights) pairs remembered as not worth another try
 
+Run = tuple[str, ...]
+
 
 class Improver:
-    """Finds better steps for a model's blocks; runs on the background thread."""
+    """Finds better steps for a model's runs of blocks; works on the background thread."""
 
-    def __init__(self, eager: EagerBuilder, shelf: Shelf) -> None:
-        self._eager = eager
+    def __init__(self, shelf: Shelf) -> None:
         self._shelf = shelf
         self._fused = FusedBuilder()
-        self._refused: dict[tuple[str, str], str] = {}
+        self._refused: dict[Key, str] = {}
 
     def why_not(self, facts: Facts, block: str) -> str:
         """Why `block` runs eager: not tried yet, or the reason its candidate was declined or refused."""
-        return self._refused.get(_key(facts, block), "not prepared yet")
+        return self._refused.get(_key(facts, run_of(facts, block)), "not prepared yet")
 
     def improve(self, model: LiveModel) -> None:
-        """Prepares and verifies a candidate for every eager block of the current revision, then publishes them together."""
+        """Prepares and verifies a candidate for every run that has none, then publishes them together.
+
+        Gives up as soon as a delta makes another revision: that revision's own job follows.
+        """
         plan, facts = model.slot.plan, model.facts
-        revision = plan.revision
         if facts.graph is not plan.graph:
-            return  # a delta came in between; its own job follows
-        waiting = [
-            step.block
-            for step in plan.steps
-            if step.tier == "eager" and _key(facts, step.block) not in self._refused
-        ]
-        if not waiting:
             return
-        values = self._boundaries(model, facts, waiting)
-        for block in waiting:
-            if model.revision != revision:
+        candidates: dict[str, Step] = {}
+        for run in _runs(facts):
+            key = _key(facts, run)
+            if key in self._refused or self._shelf.find(key) is not None:
+                continue
+            step = self._fused.prepare_run(facts, run)
+            if model.slot.plan is not plan:
                 return
-            self._try(model, facts, block, values)
+            if step is None:
+                self._refuse(key, self._fused.why_run(facts, run))
+            else:
+                candidates[run[0]] = step
+        if candidates:
+            for step, sample in _samples(model, plan, facts, candidates):
+                if model.slot.plan is not plan:
+                    return
+                self._judge(model, facts, step, sample)
         model.publish_better(plan, facts)
 
-    def _try(self, model: LiveModel, facts: Facts, block: str, values: Mapping[str, Any]) -> None:
-        key = _key(facts, block)
-        if self._shelf.find(key) is not None:
-            return
-        step = self._fused.prepare(facts, block)
-        if step is None:
-            self._refuse(key, self._fused.why(facts, block))
-            return
-        verdict = verify_step(facts, block, step, self._eager(facts, block), [values[block]])
+    def _judge(self, model: LiveModel, facts: Facts, step: Step, sample: Sample) -> None:
+        verdict = verify_step(facts, step.block, step, eager_run(facts, step.blocks), [sample])
         fields = {
-            "graph": model.name,
-            "revision": model.revision,
-            "block": block,
-            "tier": step.tier,
-        }
-        measured = {"max_error": verdict.max_error, "allowed": verdict.allowed}
+            "graph": model.name, "revision": model.revision, "block": step.block, "tier": step.tier,
+            "max_error": verdict.max_error, "allowed": verdict.allowed,
+        }  # fmt: skip
         if not verdict.ok:
-            self._refuse(key, verdict.reason)
-            model.settings.events("plan.refused", {**fields, **measured, "reason": verdict.reason})
+            self._refuse((step.key, step.weights), verdict.reason)
+            model.settings.events("plan.refused", {**fields, "reason": verdict.reason})
             return
-        size = sum(
-            facts.graph.constants[name].tensor.nbytes for name in facts.regions[block].consts
-        )
-        self._shelf.put(key, Candidate(step.tier, step.function, step.constants, size))
-        model.settings.events("plan.verified", {**fields, **measured})
+        constants = run_region(facts, step.blocks).consts
+        size = sum(facts.graph.constants[name].tensor.nbytes for name in constants)
+        self._shelf.put((step.key, step.weights), Candidate(step.tier, step.function, step.constants, size))
+        model.settings.events("plan.verified", fields)
 
-    def _boundaries(self, model: LiveModel, facts: Facts, blocks: list[str]) -> Mapping[str, Any]:
-        inputs = model.recent_inputs
-        if inputs is None or not _fits(facts, inputs):
-            inputs = sample_inputs(facts)
-        steps: list[Step] = [self._eager(facts, step.block) for step in model.slot.plan.steps]
-        return capture_boundaries(model.slot.plan, steps, inputs, set(blocks))
-
-    def _refuse(self, key: tuple[str, str], reason: str) -> None:
+    def _refuse(self, key: Key, reason: str) -> None:
         if len(self._refused) >= REFUSED_KEPT:
             self._refused.pop(next(iter(self._refused)))
         self._refused[key] = reason
 
 
-def _key(facts: Facts, block: str) -> tuple[str, str]:
-    region = facts.regions[block]
+def _runs(facts: Facts) -> Iterator[Run]:
+    """Every run of the graph, in order; the context region is one."""
+    if CONTEXT in facts.regions:
+        yield (CONTEXT,)
+    for block in facts.blocks:
+        run = run_of(facts, block.exit)
+        if run[0] == block.exit:
+            yield run
+
+
+def _samples(
+    model: LiveModel, plan: Plan, facts: Facts, candidates: Mapping[str, Step]
+) -> Iterator[tuple[Step, Sample]]:
+    """Each candidate with the values that cross into it in one request, in the order of the plan.
+
+    The request runs on the published plan, whose steps are proven, no further than the last candidate.
+    """
+    env, symbols = _bind(model, plan, facts)
+    left = len(candidates)
+    with torch.no_grad():
+        for row in plan.steps:
+            candidate = candidates.get(row.blocks[0])
+            if candidate is not None:
+                yield candidate, Sample(tuple(env[key] for key in candidate.reads), symbols)
+                left -= 1
+                if not left:
+                    return
+            run_steps((row,), env, symbols)
+
+
+def _bind(model: LiveModel, plan: Plan, facts: Facts) -> tuple[dict[str, object], dict[str, int]]:
+    recent = model.recent_inputs
+    if recent is not None:
+        try:
+            return bind_inputs(plan, recent)
+        except RequestError:
+            pass  # the interface has changed since that request
+    return bind_inputs(plan, sample_inputs(facts))
+
+
+def _key(facts: Facts, run: Run) -> Key:
+    region = run_region(facts, run)
     return (region.key, weight_key(facts.graph, region))
-
-
-def _fits(facts: Facts, inputs: Mapping[str, torch.Tensor]) -> bool:
-    return {name for name, _ in facts.graph.inputs} == set(inputs)
