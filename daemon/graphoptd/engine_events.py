@@ -5,32 +5,23 @@ they become lines of the closed list (`event_table`): units are converted, ids g
 uses, and the proofs of single blocks, of which one change has dozens, are counted into one
 `plan.verified` a revision.
 
-What the engine does not know, who asked and by which way, the caller says with `on_behalf_of`.
+What the engine does not know, who asked and by which way, comes from `origin`, which is asked on the
+thread the event happens on.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
+from graphopt.errors import StateFailedError
 from graphoptd.events import LOGGER, emit
 
 Fields = Mapping[str, Any]
+_NOBODY: Fields = MappingProxyType({})
 
-_ORIGIN: ContextVar[Fields] = ContextVar("origin", default={})  # of what this thread makes happen
 _ERROR_CHARS_MAX = 4_096
-
-
-@contextmanager
-def on_behalf_of(source: str, peer_uid: int | None = None) -> Iterator[None]:
-    """Events of models and deltas raised inside bear this source (`control`, `spool`, ...) and user."""
-    token = _ORIGIN.set({"source": source, "peer_uid": peer_uid})
-    try:
-        yield
-    finally:
-        _ORIGIN.reset(token)
 
 
 @dataclass(slots=True)
@@ -44,9 +35,20 @@ class _Proofs:
 
 
 class EngineEvents:
-    """The event sink of the engine; safe from any thread, never raises."""
+    """The event sink of the engine; safe from any thread, never raises.
 
-    def __init__(self) -> None:
+    Args:
+        origin: `source` and `peer_uid` of what the calling thread is doing, or nothing.
+        failed: called, on the thread of the event, when the store takes no more writes.
+    """
+
+    def __init__(
+        self,
+        origin: Callable[[], Fields] = lambda: _NOBODY,
+        failed: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._origin = origin
+        self._failed_store = failed
         self._lock = threading.Lock()
         self._proofs: dict[str, _Proofs] = {}
         self._lines: dict[str, Callable[[Fields], None]] = {
@@ -73,13 +75,13 @@ class EngineEvents:
             LOGGER.exception("event %s could not be logged", name)
 
     def _loaded(self, fields: Fields) -> None:
-        emit("model.loaded", **_of(fields, "graph revision nodes"), **_ORIGIN.get())
+        emit("model.loaded", **_of(fields, "graph revision nodes"), **self._origin())
 
     def _recovered(self, fields: Fields) -> None:
         emit("model.loaded", **_of(fields, "graph revision nodes"), source="recovery")
 
     def _forked(self, fields: Fields) -> None:
-        peer_uid = _ORIGIN.get().get("peer_uid")
+        peer_uid = self._origin().get("peer_uid")
         emit(
             "model.forked",
             **_of(fields, "graph revision"),
@@ -89,7 +91,7 @@ class EngineEvents:
 
     def _unloaded(self, fields: Fields) -> None:
         self._tell_proofs(fields["graph"])
-        emit("model.unloaded", **_of(fields, "graph revision"), **_ORIGIN.get())
+        emit("model.unloaded", **_of(fields, "graph revision"), **self._origin())
 
     def _applied(self, fields: Fields) -> None:
         emit(
@@ -97,10 +99,10 @@ class EngineEvents:
             **_of(fields, "graph revision kind summary edits"),
             **_of(fields, "affected_nodes inferred_nodes blocks_replanned blocks_reused"),
             delta_id=fields.get("delta"),
-            plan_id=fields.get("plan"),
+            plan_id=fields.get("plan_id") or fields.get("plan"),
             from_revision=fields["revision"] - 1,
             live_ms=round(fields["live_s"] * 1e3, 3),
-            **_ORIGIN.get(),
+            **self._origin(),
         )
 
     def _rejected(self, fields: Fields) -> None:
@@ -109,8 +111,10 @@ class EngineEvents:
             **_of(fields, "graph revision code where remedy"),
             message=_cut(fields["message"]),
             delta_id=fields.get("delta"),
-            **_ORIGIN.get(),
+            **self._origin(),
         )
+        if fields["code"] == StateFailedError.code:
+            self._failed_store()
 
     def _verified(self, fields: Fields) -> None:
         graph, revision = fields["graph"], fields["revision"]
@@ -138,8 +142,8 @@ class EngineEvents:
         self._tell_proofs(fields["graph"])
         emit(
             "plan.published",
-            **_of(fields, "graph revision"),
-            plan_id=fields["plan"],
+            **_of(fields, "graph revision from_plan_id"),
+            plan_id=fields.get("plan_id") or fields["plan"],
             tiers=dict(fields["tiers"]),
         )
 

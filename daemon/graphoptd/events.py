@@ -100,15 +100,15 @@ class FailureCounter:
         self._since = clock()
         self._counts: dict[tuple[str, str], list[Any]] = {}  # -> [count, first message]
 
-    def add(self, graph: str, code: str, message: str) -> None:
-        """Count one failure; the first message of each kind is kept as its example."""
+    def add(self, graph: str, code: str, message: str, count: int = 1) -> None:
+        """Count failures of one kind; the first message of each kind is kept as its example."""
         with self._lock:
             if not self._counts:
                 self._since = self._clock()
             key = (graph, code)
             if key not in self._counts and len(self._counts) >= FAILURE_KINDS_MAX:
                 key = (OTHER_GRAPH, code)
-            self._counts.setdefault(key, [0, message])[0] += 1
+            self._counts.setdefault(key, [0, message])[0] += count
 
     def tick(self) -> None:
         """Say what was counted when the period is over; nothing was counted, nothing is said."""

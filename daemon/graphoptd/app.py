@@ -1,0 +1,268 @@
+"""The parts of a running service, put together and taken apart in order.
+
+    start   take the addresses -> recover the state -> load new models -> run each once -> listen
+    stop    stop listening and drain -> stop the helpers -> close the state
+
+Addresses are taken first, because a busy one is the commonest mistake and recovery may take long;
+nobody is let in before every model has answered a request of ours. When `stop` was given time, every
+request that was accepted is answered.
+
+Deliberately absent: signals, systemd and exit codes (`graphoptd.service`).
+"""
+
+import asyncio
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from graphopt.engine import EngineSettings, Host, LiveModel
+from graphopt.errors import GraphoptError
+from graphopt.executor.samples import sample_inputs
+from graphoptd import config
+from graphoptd.configured import ConfiguredModels
+from graphoptd.control import ControlContext, ControlServer
+from graphoptd.control.context import origin
+from graphoptd.cpus import share
+from graphoptd.data import DataServer, DataSettings
+from graphoptd.data.sockets import open_tcp, open_unix, unlink_own
+from graphoptd.directory import HostDirectory
+from graphoptd.engine_events import EngineEvents
+from graphoptd.events import FailureCounter, emit
+from graphoptd.logs import Logs
+from graphoptd.settings import Settings
+from graphoptd.systemd import Inherited
+
+
+class App:
+    """Everything but the process.
+
+    Args:
+        settings: in force from the start; a reload replaces them.
+        strict: whether a configured model that cannot be loaded ends the start.
+        logs: installed already.
+        inherited: sockets from systemd, which replace those of the settings.
+        reload: what the control plane calls for a reload.
+        store_failed: called, on any thread, when the state can take no more writes.
+    """
+
+    host: Host
+    data: DataServer
+    control: ControlServer
+
+    def __init__(
+        self,
+        settings: Settings,
+        strict: bool,
+        logs: Logs,
+        inherited: Inherited,
+        reload: Callable[[], Any],
+        store_failed: Callable[[], None],
+    ) -> None:
+        self.settings = settings
+        self.failures = FailureCounter(time.monotonic, settings.log.failures_period_s)
+        self._strict = strict
+        self._logs = logs
+        self._inherited = inherited
+        self._reload = reload
+        self._store_failed = store_failed
+        self._own: list[socket.socket] = []
+        self._own_path: tuple[str, int] | None = None
+        self._started_s = time.time()
+
+    async def start(self) -> None:
+        """Serve. Raises GraphoptError; what had been started then waits for `stop`."""
+        self._take_addresses()
+        await asyncio.to_thread(self._recover)
+        await self._load_configured()
+        await self._run_each_model()
+        await self._listen()
+        self.directory.open()
+
+    async def stop(self, drain_s: float) -> int:
+        """Drain for up to `drain_s` seconds, then close; how many requests were cut off."""
+        aborted = 0
+        if hasattr(self, "data"):
+            aborted = (await self.data.stop(drain_s)).n_aborted
+        if hasattr(self, "control"):
+            await self.control.stop(drain_s)
+        self._give_addresses_back()
+        self.tell_failures(now=True)
+        if hasattr(self, "host"):
+            await asyncio.to_thread(self.host.close)
+        return aborted
+
+    async def cut(self) -> int:
+        """Stop without waiting, for whoever asked twice; how many requests were cut off."""
+        return await self.stop(0.0)
+
+    # -- start
+
+    def _take_addresses(self) -> None:
+        if self._inherited.data:
+            return
+        data = self.settings.data
+        if data.port is not None:
+            self._own.append(open_tcp(data.host, data.port))
+        if data.socket_path is not None:
+            path = os.fspath(data.socket_path)
+            _make_folder(data.socket_path)
+            self._own.append(open_unix(path, data.socket_mode))
+            self._own_path = (path, os.stat(path).st_ino)
+
+    def _recover(self) -> None:
+        start_s = time.monotonic()
+        threads, intra_op = share(self.settings.executor)
+        events = EngineEvents(origin, self._store_failed)
+        state = self.settings.state.path
+        self.host = Host(EngineSettings(threads, intra_op, events=events), state)
+        self.directory = HostDirectory(self.host, lambda: self.settings.repository)
+        self.configured = ConfiguredModels(self.host, state)
+        models = self.host.models().values()
+        emit(
+            "daemon.recovered",
+            models=len(models),
+            deltas=sum(model.revision - 1 for model in models),
+            duration_ms=_ms_since(start_s),
+            path=str(state),
+        )
+
+    async def _load_configured(self) -> None:
+        for name in self.configured.wanted(self.settings):
+            try:
+                graph = await asyncio.to_thread(self.configured.read, self.settings, name)
+                await asyncio.to_thread(self.configured.load, name, graph)
+            except GraphoptError as error:
+                if self._strict:
+                    raise
+                self._refuse_model(name, error)
+        self.configured.note()
+
+    def _refuse_model(self, name: str, error: GraphoptError) -> None:
+        emit(
+            "model.refused",
+            graph=name,
+            code=error.code,
+            message=error.message,
+            where=error.where or None,
+            remedy=error.remedy or None,
+            detail=[list(each) for each in error.detail] or None,
+            source="config",
+            path=str(self.settings.models[name].bundle),
+        )
+
+    async def _run_each_model(self) -> None:
+        """The proof that each model serves, and the first touch of its memory."""
+        for model in self.host.models().values():
+            with suppress(GraphoptError):  # inputs made up may be none the model can take
+                await asyncio.wrap_future(self.host.submit(model, sample_inputs(model.facts)))
+
+    async def _listen(self) -> None:
+        self.data = DataServer(self.directory, DataSettings(**asdict(self.settings.data)))
+        await self.data.start(self._inherited.data or self._own)
+        emit(
+            "daemon.listening",
+            plane="data",
+            addresses=self.data.addresses,
+            inherited=bool(self._inherited.data),
+        )
+        context = ControlContext(
+            host=self.host,
+            settings=lambda: self.settings,
+            ring=self._logs.ring,
+            reload=self._reload,
+            version=version(),
+            started_s=self._started_s,
+            statistics=self.statistics,
+        )
+        self.control = ControlServer(context)
+        await self.control.start(self._inherited.control)
+
+    def _give_addresses_back(self) -> None:
+        for each in self._own:
+            each.close()
+        if self._own_path is not None:
+            unlink_own(*self._own_path)
+        self._own_path = None
+
+    # -- while it runs
+
+    async def take_over(self, path: Path) -> config.Reload:
+        """Take over the configuration at `path`, whole or not at all.
+
+        Raises:
+            GraphoptError: the file, or a bundle that it adds, is no good; nothing has changed.
+        """
+        found = await asyncio.to_thread(config.reload, path, self.settings)
+        names = self.configured.wanted(found.settings)
+        graphs = {
+            name: await asyncio.to_thread(self.configured.read, found.settings, name)
+            for name in names
+        }
+        for name, graph in graphs.items():
+            await asyncio.to_thread(self.configured.load, name, graph)
+        self.settings = found.settings
+        self._logs.configure(found.settings.log)
+        self.failures.period_s = found.settings.log.failures_period_s
+        ignored = tuple(
+            key
+            for key in found.live
+            if key.startswith("models.") and key.removeprefix("models.") not in names
+        )
+        live = tuple(key for key in found.live if key not in ignored)
+        return replace(found, live=live, state=(*found.state, *ignored))
+
+    def statistics(self) -> Mapping[str, Any]:
+        """Figures of the data plane by model, for `status` and `top`."""
+        return {
+            lane.served.name: lane.statistics.as_json(
+                lane.served.name, lane.served.signature().revision
+            )
+            for lane in self.data.plane.lanes.all()
+        }
+
+    def is_idle(self) -> bool:
+        """Whether no request runs now."""
+        return not any(model.slot.is_busy() for model in self.host.models().values())
+
+    def tell_failures(self, now: bool = False) -> None:
+        """Count what failed since the last call; say it when the period is over, or now."""
+        if hasattr(self, "data"):
+            for failure in self.data.take_failures():
+                self.failures.add(failure.model, failure.code, failure.text, failure.count)
+        if now:
+            self.failures.flush()
+        else:
+            self.failures.tick()
+
+    def tend(self) -> None:
+        """What is due every second or so."""
+        self.tell_failures()
+        self.configured.note()
+
+    def models(self) -> Mapping[str, LiveModel]:
+        """The live models."""
+        return self.host.models() if hasattr(self, "host") else {}
+
+
+def version() -> str:
+    """Of the installed package."""
+    try:
+        return metadata.version("graphopt")
+    except metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        return "0"
+
+
+def _make_folder(socket_path: Path) -> None:
+    """The folder of a socket, as `./run/`; an error shows when the socket is bound."""
+    with suppress(OSError):
+        socket_path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _ms_since(start_s: float) -> float:
+    return round((time.monotonic() - start_s) * 1e3, 1)
