@@ -34,7 +34,7 @@ _JOINS = {
     **dict.fromkeys(_CONVOLUTIONS, _BATCH_NORMS | _ACTIVATIONS),
     **dict.fromkeys(_LINEARS, _ACTIVATIONS),
     **dict.fromkeys(_BATCH_NORMS, _ACTIVATIONS),
-    "aten.add.Tensor": frozenset({"aten.relu.default"}),
+    "aten.add.Tensor": _ACTIVATIONS,
     "aten.pad.default": _CONVOLUTIONS,
     "aten.constant_pad_nd.default": _CONVOLUTIONS,
 }
