@@ -26,6 +26,7 @@ from graphopt.errors import (
     ProtocolError,
 )
 from graphoptd.control import listening
+from graphoptd.control.calls import parse_call
 from graphoptd.control.connection import Connection, Deadlines
 from graphoptd.control.context import ControlContext
 from graphoptd.control.levels import Level, Peer, level_of, peer_of
@@ -36,7 +37,6 @@ from graphoptd.control.wire import (
     PART_BYTES,
     dump_line,
     error_line,
-    parse_call,
     result_line,
 )
 from graphoptd.control.work import Lanes

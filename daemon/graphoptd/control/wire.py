@@ -8,16 +8,16 @@ with `more: true` may get several replies, all but the last with `continues: tru
 brings open files says how many in `descriptors`; they travel by SCM_RIGHTS with the bytes of its
 line. Parameters nobody knows are refused, and clients ignore reply fields that they do not know.
 
-Deliberately absent: the socket itself (`connection`), and what the methods mean (`methods`).
+Client and service share this module, and the client is quick because little is imported here.
+Deliberately absent: strict reading of calls (`calls`), the socket itself (`connection`), and what
+the methods mean (`methods`).
 """
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from graphopt.documents import Reader, load_json
 from graphopt.errors import GraphoptError, ProtocolError
 
 API_MIN, API_MAX = 1, 1  # versions of this protocol that the service speaks
@@ -26,10 +26,7 @@ LINE_BYTES_MAX = 1 << 20  # a call or reply; larger documents go as a file, larg
 PART_BYTES = 256 << 10  # of an answer in parts: well below a line, and quickly encoded
 DESCRIPTORS_MESSAGE_MAX = 253  # SCM_MAX_FD of Linux
 DESCRIPTORS_CALL_MAX = 1024  # a bundle of 2 TB in shards of 2 GB; a service has 65,536 in all
-METHOD_CHARS_MAX = 64
-ID_CHARS_MAX = 256
 
-_BARE_WORD = re.compile(rb"[a-z][a-z_-]{0,63}")
 _DETAIL_MAX = 100  # faults of one error; as `documents.FAULTS_MAX`
 _TEXT_CHARS_MAX = 2_000  # of one text in an error: a hundred of them stay within a line
 
@@ -51,29 +48,6 @@ class Call:
     id: CallId = None
     more: bool = False
     descriptors: int = 0
-
-
-def parse_call(line: bytes) -> Call:
-    """The call in a line, without its newline.
-
-    Raises:
-        ProtocolError: not JSON, not an envelope, or an unknown key in it; `detail` lists faults.
-    """
-    word = line.strip()
-    if _BARE_WORD.fullmatch(word):
-        return Call(word.decode())
-    try:
-        reader = Reader(load_json(line, source="call"))
-        call = _envelope(reader)
-        reader.finish()
-    except GraphoptError as error:
-        raise ProtocolError(
-            error.message,
-            where=error.where or "call",
-            remedy=error.remedy or "send one JSON object a line, or a bare word",
-            detail=error.detail,
-        ) from None
-    return call
 
 
 def call_line(call: Call) -> bytes:
@@ -135,23 +109,6 @@ def error_body(error: GraphoptError) -> dict[str, Any]:
 def dump_line(message: Mapping[str, Any]) -> bytes:
     """JSON in one line of ASCII, so that any text survives any terminal. NaN is a ValueError."""
     return json.dumps(message, allow_nan=False, separators=(",", ":")).encode() + b"\n"
-
-
-def _envelope(reader: Reader) -> Call:
-    id_: CallId = None
-    if (given := reader.maybe("id")) is not None and given.kind != "null":
-        id_ = given.integer() if given.kind == "integer" else given.string(chars_max=ID_CHARS_MAX)
-    method = reader.field("method").string(chars_max=METHOD_CHARS_MAX)
-    params = reader.maybe("params")
-    more = reader.maybe("more")
-    count = reader.maybe("descriptors")
-    return Call(
-        method=method,
-        params={key: value.raw() for key, value in params.entries()} if params else {},
-        id=id_,
-        more=more.boolean() if more else False,
-        descriptors=count.integer(low=0, high=DESCRIPTORS_CALL_MAX) if count else 0,
-    )
 
 
 def _cut(text: str) -> str:

@@ -1,0 +1,210 @@
+"""Each result as people read it."""
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+from graphoptd.ctl.output import (
+    bytes_word,
+    clean,
+    seconds_word,
+    show_lines,
+    show_pairs,
+    show_table,
+    word,
+)
+
+Result = Mapping[str, Any]
+
+_HASH_CHARS = 12  # of a hash that people compare at sight
+
+
+def status(result: Result) -> None:
+    """The service in a line, its models in a table, its figures below."""
+    line = (
+        f"graphoptd {result['version']}, pid {result['pid']}, up {seconds_word(result['uptime_s'])}"
+    )
+    line += f", {result['executor_threads']} x {result['intra_op_threads']} threads"
+    line += f", state in {result['state']}" if result["state"] else ", state in memory only"
+    if peer := result.get("peer"):
+        line += f"; you may {peer['level']}"
+    show_lines([line])
+    if result["models"]:
+        models(result)
+    else:
+        show_lines(["no model is loaded: graphoptctl load NAME BUNDLE"])
+    if result["statistics"]:
+        show_pairs(result["statistics"])
+
+
+def models(result: Result) -> None:
+    """One row a model."""
+    head = ("model", "revision", "nodes", "blocks", "tiers", "constants", "adapters")
+    rows = [
+        (
+            row["name"],
+            row["revision"],
+            row["nodes"],
+            row["blocks"],
+            row["tiers"],
+            bytes_word(row["constant_bytes"]),
+            row["adapters"],
+        )
+        for row in result["models"]
+    ]
+    show_table(head, rows, "revision nodes blocks constants")
+
+
+def nodes(result: Result) -> None:
+    """One row a node."""
+    rows = [
+        (row["id"], row["op"], row["types"], row["block"], row["tier"]) for row in result["nodes"]
+    ]
+    show_table(("node", "op", "type", "block", "tier"), rows)
+
+
+def shown(result: Result) -> None:
+    """A graph as text, or a node with what is around it."""
+    if "lines" in result:
+        show_lines(result["lines"])
+        return
+    node = result["node"]
+    show_lines([node["line"]])
+    pairs = {
+        "operands": node["operands"],
+        "constants": {name: each["type"] for name, each in node["constants"].items()},
+        "users": node["users"],
+        "block": node["block"],
+        "tier": node["tier"],
+    }
+    show_pairs({f"  {name}": value for name, value in pairs.items()})
+
+
+def history(result: Result) -> None:
+    """One row a revision."""
+    rows = [
+        (
+            row["revision"],
+            datetime.fromtimestamp(row["wall_s"]).strftime("%Y-%m-%d %H:%M:%S"),
+            row["kind"],
+            row["summary"],
+            row["delta_id"],
+            row["graph_hash"][:_HASH_CHARS],
+        )
+        for row in result["history"]
+    ]
+    show_table(("revision", "time", "kind", "what", "id", "graph"), rows, "revision")
+
+
+def explanation(result: Result) -> None:
+    """One row a block."""
+    show_lines(
+        [
+            f"{result['model']} revision {result['revision']}, plan {result['plan_id']}, "
+            f"graph {result['graph_hash'][:_HASH_CHARS]}"
+        ]
+    )
+    rows = [
+        (row["block"], row["nodes"], row["tier"], row["key"][:_HASH_CHARS], row["reason"])
+        for row in result["blocks"]
+    ]
+    show_table(("block", "nodes", "tier", "key", "why"), rows, "nodes")
+
+
+def difference(result: Result) -> None:
+    """Lines that went and came."""
+    show_lines(result["lines"] or ["the graphs are equal"])
+
+
+def applied(result: Result) -> None:
+    """What a delta did."""
+    show_lines(
+        [
+            f"{result['model']} is at revision {result['revision']}: "
+            f"{result['affected_nodes']} nodes affected, {result['inferred_nodes']} inferred, "
+            f"{result['blocks_replanned']} of "
+            f"{result['blocks_replanned'] + result['blocks_reused']} blocks planned again"
+            + (f", live after {result['live_s'] * 1e3:.2f} ms" if result["live_s"] else "")
+        ]
+    )
+
+
+def tried(result: Result) -> None:
+    """What a delta would do."""
+    blocks = result["blocks"]
+    show_pairs(
+        {
+            f"{result['model']} would stay as it is at revision": result["revision"],
+            "nodes affected": len(result["nodes"]),
+            "nodes inferred": result["inferred_nodes"],
+            "blocks planned again": f"{len(blocks)} of {len(blocks) + result['blocks_reused']}",
+            "bytes to stage": bytes_word(result["staged_bytes"]),
+            "inputs or outputs change": result["changes_interface"],
+        }
+    )
+
+
+def forked(result: Result) -> None:
+    """Both names."""
+    show_lines(
+        [
+            f"{result['model']} is live at revision {result['revision']}, forked from {result['from_model']}"
+        ]
+    )
+
+
+def loaded(result: Result) -> None:
+    """The new model."""
+    show_lines(
+        [f"{result['model']} is live at revision {result['revision']}: {result['nodes']} nodes"]
+    )
+
+
+def unloaded(result: Result) -> None:
+    """The model that went."""
+    show_lines([f"{result['model']} is unloaded; it was at revision {result['revision']}"])
+
+
+def reloaded(result: Result) -> None:
+    """Keys by effect."""
+    if "started" in result:
+        show_lines(["the configuration is being read; graphoptctl logs says how it ended"])
+        return
+    changed = {
+        "in force": result["applied"],
+        "at the next start": result["needs_restart"],
+        "decided by the state": result["kept_by_state"],
+    }
+    if any(changed.values()):
+        show_pairs(changed)
+    else:
+        show_lines(["nothing has changed"])
+
+
+def settled(result: Result) -> None:
+    """Whether, and after how long."""
+    what = "settled" if result["settled"] else "not settled: the service stops"
+    show_lines([f"{what}, waited {result['waited_s']:.1f} s"])
+
+
+def template(result: Result) -> None:
+    """The document itself."""
+    show_lines(result["text"].splitlines())
+
+
+def log_line(line: dict[str, Any]) -> None:
+    """A line of the log as on a terminal of the service."""
+    time, severity, event = (str(line.get(key, "")) for key in ("ts", "severity", "event"))
+    fields = [
+        f"{name}={_field(value)}"
+        for name, value in line.items()
+        if name not in ("ts", "severity", "event", "schema", "exception")
+    ]
+    show_lines([f"{time[11:23]} {severity:<7} {event:<16} {' '.join(fields)}".rstrip()])
+    for row in str(line.get("exception", "")).splitlines():
+        show_lines([f"    {row}"])
+
+
+def _field(value: Any) -> str:
+    text = word(value)
+    return f'"{clean(text)}"' if not text or set(text) & set(' ="') else text
