@@ -18,6 +18,14 @@ _ALIASES = frozenset(
     }
 )
 _COPIES = frozenset({"aten.clone.default", "aten._to_copy.default"})
+_VIEWS = frozenset(
+    {
+        "aten.view.default",
+        "aten._unsafe_view.default",
+        "aten.reshape.default",
+        "aten.expand.default",
+    }
+)
 
 
 def is_noop(node: fx.Node, op: str) -> bool:
@@ -32,7 +40,12 @@ def is_noop(node: fx.Node, op: str) -> bool:
     if op in _COPIES:
         # Strides are compared as written: asking for equality would add guards.
         same_layout = [str(s) for s in before.stride()] == [str(s) for s in after.stride()]
-        return before.dtype == after.dtype and same_layout
+        if before.dtype == after.dtype and same_layout:
+            return True
+        # A view in a graph is a reshape, which copies where it must: a copy made only to be viewed is made twice.
+        return op == "aten.clone.default" and all(str(user.target) in _VIEWS for user in node.users)
+    if op in _VIEWS:
+        return [str(size) for size in before.shape] == [str(size) for size in after.shape]
     if op == "aten.slice.Tensor":
         given: list[Any] = list(node.args[2:])
         start, end, step = given + [None, None, 1][len(given) :]
