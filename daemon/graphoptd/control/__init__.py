@@ -1,7 +1,7 @@
 """The control plane: a Unix socket over which people and programs change and watch live models.
 
-`wire` and `sendable` are all that the client shares with the service, so this package loads the
-rest, and torch with it, only when it is asked for.
+The client shares `wire`, `sendable` and `opening` with the service and must start quickly, so this
+package loads the rest, and torch with it, only when it is asked for.
 """
 
 from importlib import import_module

@@ -7,12 +7,13 @@ is refused before it gets that far (a document, a file, an unknown model) is log
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 from graphopt.bundle import load_bundle
 from graphopt.delta import Delta
 from graphopt.delta_document import decode_delta
-from graphopt.documents import Document, load_json, load_yaml, rule
+from graphopt.documents import load_json, load_yaml, rule
 from graphopt.engine.host import Host
 from graphopt.engine.live import LiveModel
 from graphopt.engine.records import Applied
@@ -26,7 +27,14 @@ from graphopt.errors import (
 from graphopt.limits import DOCUMENT_BYTES_MAX, NAME_CHARS_MAX
 from graphopt.safe_file import read_bounded
 from graphoptd.control.context import acting_for
-from graphoptd.control.descriptors import SentFiles, bundle_parts, by_path, close_all, staged
+from graphoptd.control.descriptors import (
+    SentFiles,
+    bundle_parts,
+    by_path,
+    close_all,
+    find_constant,
+    staged,
+)
 from graphoptd.control.task import Answer, Task
 from graphoptd.control.wire import DESCRIPTORS_CALL_MAX
 from graphoptd.events import emit
@@ -197,11 +205,6 @@ def apply_to(host: Host, delta: Delta) -> tuple[str, Applied]:
     return name, host.get(name).apply(delta)
 
 
-def load_document(text: str | bytes, format_: str, source: str) -> Document:
-    """The document in `text`. DocumentError, LimitError."""
-    return (load_json if format_ == "json" else load_yaml)(text, source=source)
-
-
 def _received(params: ApplyParams, descriptors: list[int], host: Host) -> tuple[Delta, ExitStack]:
     """The decoded delta, and the copies of its files, open until the stack is closed."""
     with ExitStack() as stack:
@@ -217,8 +220,9 @@ def _received(params: ApplyParams, descriptors: list[int], host: Host) -> tuple[
         copies = ExitStack()
         try:
             files = copies.enter_context(staged(declared))
-            document = load_document(text, params.format, params.source)
-            return decode_delta(document, SentFiles(files, host)), copies
+            load = load_json if params.format == "json" else load_yaml
+            document = load(text, source=params.source)
+            return decode_delta(document, SentFiles(files, partial(find_constant, host))), copies
         except BaseException:
             copies.close()
             raise

@@ -7,7 +7,7 @@ large for that; their reader copies each tensor once and holds it against its di
 """
 
 import os
-from collections.abc import Iterator, Mapping, MutableSequence, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
 from contextlib import contextmanager, suppress
 
 from graphopt.engine.host import Host
@@ -33,12 +33,12 @@ class SentFiles:
 
     Args:
         files: for each path as the document writes it, descriptors by name.
-        host: whose models' constants may be named by content hash.
+        constants: finds a constant by content hash; see `find_constant`.
     """
 
-    def __init__(self, files: FilesByPath, host: Host) -> None:
+    def __init__(self, files: FilesByPath, constants: Callable[[str], Constant | None]) -> None:
         self._files = files
-        self._host = host
+        self._constants = constants
 
     def files(self, path: str) -> Mapping[str, Source]:
         """The descriptors that were sent for `path`."""
@@ -52,12 +52,17 @@ class SentFiles:
         return dict(found)
 
     def constant(self, digest: str) -> Constant | None:
-        """The constant of that content in any loaded model."""
-        for model in self._host.models().values():
-            for constant in model.graph.constants.values():
-                if constant.digest == digest:
-                    return constant
-        return None
+        """The constant of that content, where it is at hand."""
+        return self._constants(digest)
+
+
+def find_constant(host: Host, digest: str) -> Constant | None:
+    """The constant of that content in any loaded model."""
+    for model in host.models().values():
+        for constant in model.graph.constants.values():
+            if constant.digest == digest:
+                return constant
+    return None
 
 
 def by_path(

@@ -91,10 +91,11 @@ def _rewire(model: LiveModel) -> Edits:
 
 
 def _set_attr(model: LiveModel) -> Edits:
-    for node in model.graph.iter_nodes():
-        for name, value in node.bound().items():
-            if isinstance(value, float | int) and not isinstance(value, bool):
-                return [("set_attr", {"node": node.id, "name": name, "value": value})]
+    for kind in (float, int):  # an epsilon says more than a dimension
+        for node in model.graph.iter_nodes():
+            for name, value in node.bound().items():
+                if type(value) is kind:
+                    return [("set_attr", {"node": node.id, "name": name, "value": value})]
     raise _nothing(model, "no node has a number among its arguments")
 
 

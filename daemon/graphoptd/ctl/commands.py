@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from graphopt.errors import GraphoptError
-from graphoptd.ctl import views
-from graphoptd.ctl.client import Client, Exit, Refused, allow_many_files
-from graphoptd.ctl.files import (
+from graphoptd.control.opening import (
     Opened,
     close_opened,
     named_paths,
@@ -18,6 +16,8 @@ from graphoptd.ctl.files import (
     open_paths,
     read_document,
 )
+from graphoptd.ctl import views
+from graphoptd.ctl.client import Client, Exit, Refused, allow_many_files
 from graphoptd.ctl.output import show_json, show_lines
 from graphoptd.ctl.send import as_call
 

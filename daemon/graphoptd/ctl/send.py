@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from graphoptd.ctl.files import Opened
+from graphoptd.control.opening import Opened
 
 INLINE_BYTES_MAX = 256 << 10  # a longer document goes as a file: escapes may grow it sixfold
 

@@ -1,7 +1,7 @@
-"""Opening, as the calling user, the files that go to the service as descriptors.
+"""Opening the files that a delta names: by the client as its user, by the spool inside a unit.
 
 No link is followed below the folder that the document lies in, and a file has one name: what is
-sent is what the path says. Nothing is read here but the document itself.
+opened is what the path says. Nothing is read here but the document itself.
 """
 
 import errno
@@ -87,8 +87,10 @@ def named_paths(text: bytes, format_: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def open_paths(paths: Sequence[str], folder: str) -> list[Opened]:
+def open_paths(paths: Sequence[str], folder: str, *, confined: bool = False) -> list[Opened]:
     """The files at `paths`, counted from `folder`; a folder's are those that deltas read.
+
+    `confined` keeps to what is below `folder`, for paths that another user wrote.
 
     Raises:
         DocumentError: a link, an absent or unreadable file, no regular file, or several names.
@@ -99,7 +101,7 @@ def open_paths(paths: Sequence[str], folder: str) -> list[Opened]:
     try:
         for path in paths:
             opened.append(Opened(path, {}))
-            _open_path(path, folder, opened[-1].files)
+            _open_path(path, folder, confined, opened[-1].files)
             _check_count(sum(len(each.files) for each in opened), path)
     except BaseException:
         close_opened(opened)
@@ -141,8 +143,8 @@ def close_opened(opened: Sequence[Opened]) -> None:
         each.files.clear()
 
 
-def _open_path(path: str, folder: str, files: dict[str, int]) -> None:
-    parent, name = _parent(path, folder)
+def _open_path(path: str, folder: str, confined: bool, files: dict[str, int]) -> None:
+    parent, name = _parent(path, folder, confined)
     try:
         if not _is_folder(parent, name):
             check_name(name, where=path)
@@ -166,21 +168,22 @@ def _open_path(path: str, folder: str, files: dict[str, int]) -> None:
         os.close(parent)
 
 
-def _parent(path: str, folder: str) -> tuple[int, str]:
+def _parent(path: str, folder: str, confined: bool) -> tuple[int, str]:
     """The folder of the last component of `path`, open, and that component."""
-    expanded = os.path.expanduser(path)
-    parts = [part for part in expanded.split("/") if part not in ("", ".")]
-    if not parts or parts[-1] == "..":
-        # The folder itself: seen from above it has a name like any other.
-        absolute = os.path.normpath(os.path.join(os.path.realpath(folder), expanded))
-        return _open_at(None, os.path.dirname(absolute), os.O_RDONLY | os.O_CLOEXEC, path), (
-            os.path.basename(absolute) or "."
+    expanded = path if confined else os.path.expanduser(path)
+    is_absolute = expanded.startswith("/")
+    parts = [part for part in expanded.split("/") if part not in ("", ".")] or ["."]
+    if confined and (is_absolute or ".." in parts):
+        raise DocumentError(
+            "the path leads out of the folder",
+            where=path,
+            remedy="put the files beside the document and name them relative to it",
         )
-    start = "/" if expanded.startswith("/") else folder
-    at = _open_at(None, start, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY, path)
+    start = "/" if is_absolute else folder
+    # An absolute path's upper folders are the system's: /home may well be a link.
+    flags = _FOLDER_FLAGS & ~os.O_NOFOLLOW if is_absolute else _FOLDER_FLAGS
+    at = _open_at(None, start, _FOLDER_FLAGS & ~os.O_NOFOLLOW, path)
     for part in parts[:-1]:
-        # An absolute path's upper folders are the system's: /home may well be a link.
-        flags = _FOLDER_FLAGS & ~os.O_NOFOLLOW if start == "/" else _FOLDER_FLAGS
         try:
             inner = _open_at(at, part, flags, path)
         finally:
