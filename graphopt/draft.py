@@ -109,7 +109,8 @@ class Draft:
         """Adds the constant or replaces its value; a tied name stands for the name it is tied to."""
         name = self.aliases.get(name, name)
         self._check_name(name)
-        self.constants[name] = constant
+        known = self.base.constants.get(name)
+        self.constants[name] = known if known == constant else constant  # one copy of one content
         self._touched_consts.add(name)
 
     def drop_constant(self, name: str) -> None:
@@ -197,6 +198,11 @@ class Draft:
         if self._types is None:
             raise DeltaError("this edit needs types", where=ref.id, remedy="apply it with the graph's facts")
         return self._types(ref) if ref.id in self.base.nodes or ref.id in dict(self.base.inputs) else None
+
+    def aliases_of(self, name: str) -> list[str]:
+        """The other names of the constant `name`."""
+        known = {*self.base.aliases, *self._touched_aliases}
+        return sorted(alias for alias in known if self.aliases.get(alias) == name)
 
     def known_values(self) -> list[str]:
         """The ids of nodes and inputs, for error messages. O(n)."""

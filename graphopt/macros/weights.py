@@ -135,9 +135,7 @@ def _put(name: str, old: Constant, tensor: torch.Tensor) -> PutConstant | None:
 
 def _is_only_user(draft: Draft, name: str, node: str) -> bool:
     name = draft.aliases.get(name, name)
-    return set(draft.const_users.get(name, ())) == {node} and name not in set(
-        draft.aliases.values()
-    )
+    return set(draft.const_users.get(name, ())) == {node} and not draft.aliases_of(name)
 
 
 def _suffixed(tensors: Mapping[str, torch.Tensor], leaf: str) -> torch.Tensor | None:
