@@ -135,6 +135,65 @@ def minimum(left: Dim, right: Dim) -> Dim:
     return left if left == right else Expr((((Call("min", left, right),), 1),))
 
 
+def bounds(dim: Dim, ranges: Mapping[str, tuple[int, int | None]]) -> tuple[int | None, int | None]:
+    """Bounds that `dim` surely keeps where each symbol lies in its range and is not negative; None where there is none. Not tight."""
+    if isinstance(dim, int):
+        return dim, dim
+    low: int | None = 0
+    high: int | None = 0
+    for monomial, coefficient in dim.terms:
+        least: int | None = 1
+        most: int | None = 1
+        for atom in monomial:
+            small, large = ranges.get(atom, (0, None)) if isinstance(atom, str) else _call_bounds(atom, ranges)
+            if small is None or small < 0:
+                return None, None
+            least, most = least * small, None if most is None or large is None else most * large
+        if coefficient < 0:
+            least, most = most, least
+        low = None if low is None or least is None else low + least * coefficient
+        high = None if high is None or most is None else high + most * coefficient
+    return low, high
+
+
+def simplify(dim: Dim, ranges: Mapping[str, tuple[int, int | None]]) -> Dim:
+    """`dim` with each `max` and `min` that the ranges decide replaced by what it comes to."""
+    if isinstance(dim, int) or not any(isinstance(atom, Call) for monomial, _ in dim.terms for atom in monomial):
+        return dim
+    total: Dim = 0
+    for monomial, coefficient in dim.terms:
+        term: Dim = coefficient
+        for atom in monomial:
+            term = term * (symbol(atom) if isinstance(atom, str) else _simplify_call(atom, ranges))
+        total = total + term
+    return total
+
+
+def _simplify_call(call: Call, ranges: Mapping[str, tuple[int, int | None]]) -> Dim:
+    left, right = simplify(call.left, ranges), simplify(call.right, ranges)
+    if call.op in ("max", "min"):
+        low, high = bounds(left - right, ranges)
+        if low is not None and low >= 0:
+            return left if call.op == "max" else right
+        if high is not None and high <= 0:
+            return right if call.op == "max" else left
+    return _CALLS[call.op](left, right)
+
+
+def _call_bounds(call: Call, ranges: Mapping[str, tuple[int, int | None]]) -> tuple[int | None, int | None]:
+    (a, b), (c, d) = bounds(call.left, ranges), bounds(call.right, ranges)
+    if call.op in ("max", "min"):
+        both = [[v for v in pair if v is not None] for pair in ((a, c), (b, d))]
+        if call.op == "max":
+            return max(both[0], default=None), max(both[1]) if len(both[1]) == 2 else None
+        return min(both[0]) if len(both[0]) == 2 else None, min(both[1], default=None)
+    if c is None or c <= 0 or c != d:
+        return None, None
+    if call.op == "mod":
+        return 0, c - 1
+    return None if a is None else a // c, None if b is None else b // c
+
+
 def product(dims: Iterable[Dim]) -> Dim:
     """The number of elements of a shape."""
     total: Dim = 1
@@ -266,6 +325,8 @@ def _from_ast(node: ast.expr) -> Dim:
             return _from_ast(operand) * -1
         case ast.BinOp(left=left, op=op, right=right):
             a, b = _from_ast(left), _from_ast(right)
+            if b == 0 and isinstance(op, ast.FloorDiv | ast.Mod):
+                raise ValueError(f"a division by zero: {ast.unparse(node)}")
             match op:
                 case ast.Add():
                     return a + b

@@ -14,6 +14,7 @@ graph, and share structure with those of the graph before it.
     reader     value       the last block that reads a value from outside: after it the value can be let go
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import immutables
@@ -23,10 +24,11 @@ from graphopt.analysis.infer import infer_node
 from graphopt.analysis.propagate import backward_key, operand_nodes, propagate, user_nodes
 from graphopt.analysis.regions import Region, build_region
 from graphopt.analysis.traits import INTEGER, is_data, is_shape_query, node_traits
+from graphopt.dims import simplify
 from graphopt.draft import OUTPUT_PREFIX, Change
 from graphopt.errors import TypeMismatchError, UnknownNodeError
 from graphopt.graph import Const, Graph, Ref
-from graphopt.types import SymIntType, ValueType
+from graphopt.types import SymIntType, TensorType, ValueType
 
 _NONE: "immutables.Map[str, int]" = immutables.Map()
 
@@ -97,6 +99,9 @@ class _Updater:
         for name in self.retyped_consts:
             self.seeds.update(graph.const_users.get(name, _NONE))
 
+        # The ranges of symbols decide what a slice may cut off; they change with the interface only.
+        self.type_seeds = set(graph.nodes) if facts.graph.symbols != graph.symbols else self.seeds
+
     def run(self) -> Update:
         old, graph = self.old, self.graph
         self.types = old.types.mutate()
@@ -135,8 +140,9 @@ class _Updater:
                 )
             return found[ref.idx]
 
+        ranges = {symbol.name: (symbol.min, symbol.max) for symbol in graph.symbols}
         changed = propagate(
-            "type", types, self.seeds, lambda id: infer_node(graph.nodes[id], lookup),
+            "type", types, self.type_seeds, lambda id: _within(infer_node(graph.nodes[id], lookup), ranges),
             graph.order_key, lambda id: user_nodes(graph, id), self.trace,
         )  # fmt: skip
         for name, ref in graph.outputs:
@@ -387,6 +393,19 @@ class _Updater:
     def _const_kind(graph: Graph, name: str) -> object:
         constant = graph.constants.get(name)
         return (constant.type, constant.is_param) if constant else None
+
+
+def _within(types: tuple[ValueType, ...], ranges: Mapping[str, tuple[int, int | None]]) -> tuple[ValueType, ...]:
+    """Types with every `max` and `min` settled that the symbols' ranges settle."""
+    settled: list[ValueType] = []
+    for type_ in types:
+        if isinstance(type_, SymIntType):
+            value = simplify(type_.value, ranges)
+            settled.append(type_ if value == type_.value else SymIntType(value))
+        else:
+            shape = tuple(dim if isinstance(dim, int) else simplify(dim, ranges) for dim in type_.shape)
+            settled.append(type_ if shape == type_.shape else TensorType(type_.dtype, shape, type_.layout))
+    return tuple(settled)
 
 
 def _taps(facts: Facts) -> dict[str, list[Ref]]:
