@@ -5,8 +5,9 @@ op may be used when it is functional: it does not mutate, has no `out=`, is not 
 shapes that depend on tensor contents (`nonzero`) are refused too: nothing downstream could be typed.
 """
 
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -42,6 +43,7 @@ _FORBIDDEN = frozenset(
 )
 # Ops torch tags random whose randomness an argument turns off, and the value that does.
 RANDOM_SWITCHES: dict[str, Any] = {"dropout_p": 0.0, "train": False}
+_SIZE = re.compile(r"SymInt(?:\[\d*\])?\??(?:\[\])?\?? (\w+)")
 _MEMORY_FORMATS = ("contiguous_format", "channels_last", "channels_last_3d", "preserve_format")
 
 
@@ -56,6 +58,7 @@ class Param:
     is_keyword: bool
     has_default: bool
     default: Any
+    is_size: bool = False  # an int that may be dynamic: SymInt in the schema
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +88,7 @@ def get_spec(name: str) -> OpSpec:
     if name in SYM_OPS:
         arity = 1 if name == "sym.neg" else 2
         params = tuple(
-            Param(p, "int", False, False, False, False, None) for p in ("a", "b")[:arity]
+            Param(p, "int", False, False, False, False, None, True) for p in ("a", "b")[:arity]
         )
         return OpSpec(name, params, 1)
     overload = get_overload(name)
@@ -97,7 +100,8 @@ def get_spec(name: str) -> OpSpec:
             where=name,
             remedy="use its functional form",
         )
-    params = tuple(_param(argument) for argument in schema.arguments)
+    sizes = set(_SIZE.findall(str(schema)))  # the only place that tells SymInt from int
+    params = tuple(replace(param, is_size=param.name in sizes) for param in map(_param, schema.arguments))
     is_list = any(str(value.type).startswith("List") for value in schema.returns)
     return OpSpec(name, params, None if is_list else len(schema.returns))
 

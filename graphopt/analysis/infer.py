@@ -115,8 +115,8 @@ def _check_kind(op: str, param: Param, item: Any) -> None:
         takes_number = param.name == "other" and op.split(".")[1] in _NUMBER_FOR_TENSOR
         if item is not None and not takes_number:
             raise TypeMismatchError(f"{param.name} takes a tensor, not {item}", remedy="make one with aten.full.default")
-    elif isinstance(item, Expr) and param.kind not in ("int", "number", "float"):
-        raise TypeMismatchError(f"{param.name} takes {param.kind}, not a size")
+    elif isinstance(item, Expr) and not param.is_size and param.kind not in ("number", "float"):
+        raise TypeMismatchError(f"{param.name} takes a fixed {param.kind}, not a dynamic size")
     elif isinstance(item, int) and not isinstance(item, bool) and param.kind in ("bool", "str", "ScalarType", "MemoryFormat"):
         raise TypeMismatchError(f"{param.name} takes {param.kind}, not a size")
 

@@ -7,7 +7,7 @@ graphopt graph: values are immutable, so whether memory is shared cannot be seen
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from graphopt.dims import Dim, floordiv, product
+from graphopt.dims import Dim, floordiv, maximum, minimum, product
 from graphopt.errors import TypeMismatchError
 from graphopt.types import CONTIGUOUS, STRIDED, Layout, SymIntType, TensorType, ValueType
 
@@ -33,17 +33,22 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 @rule(
     "relu.default", "gelu.default", "sigmoid.default", "tanh.default", "silu.default", "hardtanh.default", "hardswish.default",
     "hardsigmoid.default", "relu6.default", "neg.default", "exp.default", "sqrt.default", "rsqrt.default", "abs.default",
-    "erf.default", "sin.default", "cos.default", "pow.Tensor_Scalar", "softmax.int", "_softmax.default", "elu.default",
+    "erf.default", "sin.default", "cos.default", "pow.Tensor_Scalar", "elu.default",
     "leaky_relu.default", "softplus.default", "mish.default", "log.default", "reciprocal.default", "clamp.default",
 )  # fmt: skip
 def _float_unary(a: Bound) -> tuple[ValueType, ...] | None:
     x = a["self"]
     if not isinstance(x, TensorType) or x.dtype not in ("f32", "f64") or x.layout == STRIDED:
         return None
-    if a.get("dtype") not in (None, x.dtype) or "half_to_float" in a and a["half_to_float"]:
+    return (x,)
+
+
+@rule("softmax.int", "_softmax.default")
+def _softmax(a: Bound) -> tuple[ValueType, ...] | None:
+    x = a["self"]
+    if x.dtype not in ("f32", "f64") or x.layout != CONTIGUOUS or a.get("dtype") not in (None, x.dtype) or a.get("half_to_float"):
         return None
-    if "dim" in a:
-        _axis(x, a["dim"])
+    _axis(x, a["dim"])
     return (x,)
 
 
@@ -55,7 +60,9 @@ def _arithmetic(a: Bound) -> tuple[ValueType, ...] | None:
     if isinstance(y, TensorType):
         if y.dtype != x.dtype:
             return None
-    elif isinstance(y, complex):
+    elif isinstance(y, complex | bool):
+        return None
+    if isinstance(a.get("alpha"), bool):
         return None
     return _broadcast(x, y, x.dtype)
 
@@ -187,8 +194,22 @@ def _attention(a: Bound) -> tuple[ValueType, ...] | None:
     if mask is not None:
         scores = (*batch, query.shape[-2], key.shape[-2])
         _match(broadcast_shapes(mask.shape, scores), scores, "attn_mask", "the scores")
-    # The CPU kernel writes [batch, length, heads, size] and returns it transposed.
-    return (TensorType(query.dtype, (*batch, query.shape[-2], value.shape[-1]), (0, 2, 1, 3)),)
+    shape = (*batch, query.shape[-2], value.shape[-1])
+    return (TensorType(query.dtype, shape, query.layout if _is_flash(query, key, value, mask) else STRIDED),)
+
+
+def _is_flash(query: TensorType, key: TensorType, value: TensorType, mask: TensorType | None) -> bool:
+    """Whether torch surely takes its CPU kernel, whose result lies as the query does.
+
+    The conditions are those of aten/src/ATen/native/transformers/sdp_utils_cpp.cpp. The plain path lays its result out otherwise.
+    """
+    if not query.shape[:2] == key.shape[:2] == value.shape[:2] or not query.shape[-1] == key.shape[-1] == value.shape[-1]:
+        return False
+    inner = all(t.layout == CONTIGUOUS or (t.layout != STRIDED and t.layout[-1] == 3) for t in (query, key, value))
+    if mask is None or not inner:
+        return inner
+    wanted = (*query.shape[:2], query.shape[-2], key.shape[-2])
+    return mask.rank in (2, 4) and all(have in (1, want) for have, want in zip(mask.shape[::-1], wanted[::-1], strict=False))
 
 
 @rule("conv2d.default", "convolution.default")
@@ -214,6 +235,8 @@ def _pool(a: Bound) -> tuple[ValueType, ...] | None:
     stride = a["stride"] or a["kernel_size"]
     settings = {"stride": stride, "padding": a["padding"], "dilation": a.get("dilation", (1,))}
     kernel = _pair(a["kernel_size"])
+    if any(isinstance(pad, int) and isinstance(k, int) and 2 * pad > k for pad, k in zip(_pair(a["padding"]), kernel, strict=True)):
+        raise TypeMismatchError(f"padding {_show(a['padding'])} is more than half of the window {_show(kernel)}")
     return (TensorType(x.dtype, (*x.shape[:2], *_windows(x.shape[2:], kernel, settings)), x.layout),)
 
 
@@ -238,7 +261,7 @@ def _pair(value: Any) -> tuple[Any, ...]:
 
 @rule("sym_size.int")
 def _sym_size(a: Bound) -> tuple[ValueType, ...] | None:
-    return (SymIntType(a["self"].shape[_axis(a["self"], a["dim"])]),)
+    return (SymIntType(a["self"].shape[_axis_of(a["self"], a["dim"])]),)
 
 
 @rule("view.default", "reshape.default", "_unsafe_view.default")
@@ -277,6 +300,8 @@ def _transpose(a: Bound) -> tuple[ValueType, ...] | None:
             return None
         return (_permuted(x, (1, 0)),)
     i, j = _axis(x, a["dim0"]), _axis(x, a["dim1"])
+    if x.rank == 0:
+        return (x,)
     dims = list(range(x.rank))
     dims[i], dims[j] = dims[j], dims[i]
     return (_permuted(x, tuple(dims)),)
@@ -323,7 +348,7 @@ def _expand(a: Bound) -> tuple[ValueType, ...] | None:
 @rule("select.int")
 def _select(a: Bound) -> tuple[ValueType, ...] | None:
     x = a["self"]
-    at = _axis(x, a["dim"])
+    at = _axis_of(x, a["dim"])
     _check_index(a["index"], x.shape[at])
     layout = CONTIGUOUS if at == 0 and x.layout == CONTIGUOUS else STRIDED
     return (TensorType(x.dtype, x.shape[:at] + x.shape[at + 1 :], layout),)
@@ -332,19 +357,26 @@ def _select(a: Bound) -> tuple[ValueType, ...] | None:
 @rule("slice.Tensor")
 def _slice(a: Bound) -> tuple[ValueType, ...] | None:
     x = a["self"]
-    at = _axis(x, a["dim"])
+    at = _axis_of(x, a["dim"])
     size, start, end, step = x.shape[at], a["start"], a["end"], a["step"]
-    if start in (None, 0) and step == 1 and (end is None or end == size or (isinstance(end, int) and end >= 1 << 62)):
-        return (x,)
-    if step == 1 and isinstance(size, int) and all(isinstance(v, int | None) for v in (start, end)):
-        low, high, _ = slice(start, end).indices(size)
-        taken: Dim = max(high - low, 0)
-    elif step == 1 and start in (None, 0) and not isinstance(end, int) and isinstance(size, int):
-        taken = end  # a table cut to a dynamic length; a longer one is refused by the range of the symbol
-    else:
+    if step != 1:
         return None
-    shape = (*x.shape[:at], taken, *x.shape[at + 1 :])
+    if start in (None, 0) and (end is None or end == size or (isinstance(end, int) and end >= 1 << 62)):
+        return (x,)
+    low = _bound(0 if start is None else start, size)
+    high = _bound((1 << 63) - 1 if end is None else end, size)
+    shape = (*x.shape[:at], maximum(high - low, 0), *x.shape[at + 1 :])
     return (TensorType(x.dtype, shape, CONTIGUOUS if at == 0 and x.layout == CONTIGUOUS else STRIDED),)
+
+
+def _bound(end: Dim, size: Dim) -> Dim:
+    """Where a slice bound lies: negative ones count from the end, ones behind it are the end. Dynamic ones are taken to be positive."""
+    if isinstance(end, int):
+        if end >= 1 << 62:
+            return size
+        if end < 0:
+            return maximum(size + end, 0)
+    return minimum(end, size) if end != 0 else 0
 
 
 @rule("cat.default")
@@ -352,7 +384,7 @@ def _cat(a: Bound) -> tuple[ValueType, ...] | None:
     tensors = a["tensors"]
     first = tensors[0]
     at = _axis(first, a["dim"])
-    if any(t.rank != first.rank or t.dtype != first.dtype or t.layout != CONTIGUOUS for t in tensors):
+    if first.rank == 0 or any(t.rank != first.rank or t.dtype != first.dtype or t.layout != CONTIGUOUS for t in tensors):
         return None
     total: Dim = 0
     for t in tensors:
@@ -367,6 +399,8 @@ def _reduce(a: Bound) -> tuple[ValueType, ...] | None:
     if not dims or x.dtype not in ("f32", "f64") or a.get("dtype") not in (None, x.dtype) or x.layout != CONTIGUOUS:
         return None
     axes = {_axis(x, dim) for dim in dims}
+    if len(axes) < len(dims):
+        raise TypeMismatchError(f"{_show(dims)} names a dim twice")
     if a["keepdim"]:
         return (TensorType(x.dtype, tuple(1 if i in axes else dim for i, dim in enumerate(x.shape))),)
     return (TensorType(x.dtype, tuple(dim for i, dim in enumerate(x.shape) if i not in axes)),)
@@ -395,6 +429,13 @@ def _axis(x: TensorType, dim: Any) -> int:
     if not isinstance(dim, int) or not -max(x.rank, 1) <= dim < max(x.rank, 1):
         raise TypeMismatchError(f"dim {dim} is outside a tensor of rank {x.rank}")
     return dim % x.rank if x.rank else 0
+
+
+def _axis_of(x: TensorType, dim: Any) -> int:
+    """The dim of a tensor that must have one."""
+    if x.rank == 0:
+        raise TypeMismatchError("a tensor of rank 0 has no dims")
+    return _axis(x, dim)
 
 
 def _check_index(index: Any, size: Dim) -> None:
