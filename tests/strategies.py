@@ -32,7 +32,7 @@ UNARY = ("relu", "tanh", "sigmoid", "neg", "gelu", "clone", "exp")
 BINARY = ("add.Tensor", "mul.Tensor", "sub.Tensor", "maximum.default")
 # name -> shape; `table` and `bias_table` are buffers, so that context values exist
 CONSTANTS = {
-    "w": (4, 4), "v": (4, 4), "half.weight": (2, 4), "wide.weight": (4, 2), "bias": (4,), "words": (4, 4), "table": (16, 4),
+    "w": (4, 4), "v": (4, 4), "half.weight": (2, 4), "wide.weight": (4, 2), "bias": (4,), "words": (4, 4), "table": (64, 4),
     "bias_table": (4,),
 }  # fmt: skip
 
