@@ -14,8 +14,9 @@ from weakref import WeakSet
 
 import torch
 
-from graphopt.executor.plan import Plan, run_plan
+from graphopt.executor.plan import Plan, Step, run_plan
 
+DROPPING_MAX = 64  # steps waiting for a quiet moment; beyond that they go without one
 IDLE = float("inf")  # what a reader that runs nothing has noted
 
 
@@ -41,6 +42,7 @@ class Slot:
         self._readers: WeakSet[Reader] = WeakSet()
         self._lock = threading.Lock()  # writers, and threads on their first request
         self._retired: deque[tuple[int, Plan]] = deque()
+        self._dropping: deque[Step] = deque()  # of plans that are gone, waiting for a quiet moment
 
     def run(self, inputs: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], Plan]:
         """Runs the published plan in this thread; returns the outputs by name and the plan that made them."""
@@ -75,12 +77,17 @@ class Slot:
     def reap(self) -> int:
         """Drops the replaced plans that no running request can hold; returns how many are left.
 
-        Call it from a thread that serves no requests. One plan is dropped at a time, and only what later plans do not share goes with it.
+        Call it from a thread that serves no requests. What later plans do not share goes one step at
+        a time while no request runs: tearing down a runtime can hold the GIL for milliseconds.
         """
         with self._lock:
             oldest = min((reader.epoch for reader in self._readers), default=IDLE)
+            kept = {id(step) for plan in (self.plan, self.last_good) for step in plan.steps}
         while self._retired and self._retired[0][0] <= oldest:
-            self._retired.popleft()
+            _, plan = self._retired.popleft()
+            self._dropping.extend(step for step in plan.steps if id(step) not in kept)
+        while self._dropping and (not self.is_busy() or len(self._dropping) > DROPPING_MAX):
+            self._dropping.popleft()
         return len(self._retired)
 
     def is_busy(self) -> bool:
