@@ -1,9 +1,9 @@
 """Source text of a region with fusions, and what must be packed for it.
 
-The choice of kernel is made here, from figures. On the 2-core Zen 4 guest, one thread, batch 1,
-torch 2.13 (`python -m benchmarks.fused_tier --linears` prints the table), a packed linear costs
-14 us more per call than an ordinary one and gains a tenth of the product's time, and the pass
-over memory of its epilogue.
+The choice of kernel is made here, from figures of a 2-core Zen 4 guest, one thread, torch 2.13
+(`python -m benchmarks.fused_tier --linears --threads 1` measures them again): a packed linear costs 9
+us more a call than an ordinary one, saves a tenth of the product's time, more where a large weight
+meets few rows, and the pass over memory of its epilogue.
 """
 
 from dataclasses import dataclass
@@ -20,11 +20,15 @@ from graphopt.executor.fused_pack import Packing
 from graphopt.executor.fused_patterns import Fusion
 from graphopt.types import TensorType
 
-# Multiply-adds (rows * in * out) from which the packed linear is quicker. Beside each, us ordinary
-# against packed, with the epilogue, at sizes (rows x in x out) on either side of it.
-BARE_MACS_MIN = 8_000_000  # 64x192x768: 222/213; 64x256x256 (4.2 M): 100/106
-CHEAP_MACS_MIN = 6_000_000  # relu, add, mul: 64x192x768: 233/213; 64x192x192 (2.4 M): 67/71
-COSTLY_MACS_MIN = 1_500_000  # gelu, silu, tanh: 64x192x192: 84/77; 64x128x128 (1.0 M): 49/48
+# Which linears gain by the packed kernel, by the elements of the weight (in * out) and the rows. Beside
+# each, us ordinary against packed at rows x in x out, epilogue included; the size before it loses.
+HUGE_WEIGHT = 2_000_000  # from one row: 1x768x3072 1,086/768; 1x768x768 (0.6 M) 50/54
+LARGE_WEIGHT = 140_000  # from two rows: 2x192x768 33/29, 2x768x768 93/61; 2x256x256 17/22
+GELU_WEIGHT = 65_000  # with a costly activation from four rows: 4x256x256 52/46; 1x256x256 21/25
+# Smaller weights gain by many rows only; multiply-adds (rows * in * out) from which they do.
+BARE_MACS_MIN = 8_000_000  # 197x256x256: 278/266; 64x256x256 (4.2 M): 100/106
+CHEAP_MACS_MIN = 6_000_000  # relu, add, mul: 197x192x192: 185/180; 64x192x192 (2.4 M): 67/73
+COSTLY_MACS_MIN = 1_500_000  # gelu, silu, tanh: 64x192x192: 83/79; 64x128x128 (1.0 M): 67/66
 # Rows assumed where they are dynamic and an adapter is folded: a second, ordinary copy of the folded
 # weight is not kept beside the pack.
 FOLDED_ROWS = 64
@@ -118,7 +122,7 @@ class _Emitter:
     def _linear(self, fusion: Fusion) -> str:
         shape = self._const_shape(fusion.weight)
         rows = product(self._type(fusion).shape[:-1])
-        least = -(-_macs_min(fusion) // max(prod(shape), 1))
+        least = _rows_min(fusion, prod(shape))
         if fusion.adapters:
             self.gains += 1
             count = rows if isinstance(rows, int) else FOLDED_ROWS
@@ -268,7 +272,14 @@ class _Emitter:
         return f"({text})" if isinstance(rows, Expr) else text
 
 
-def _macs_min(fusion: Fusion) -> int:
-    if fusion.unary is not None and fusion.unary.attr in _COSTLY:
-        return COSTLY_MACS_MIN
-    return CHEAP_MACS_MIN if fusion.unary is not None or fusion.other is not None else BARE_MACS_MIN
+def _rows_min(fusion: Fusion, elements: int) -> int:
+    """The rows from which the packed kernel is quicker."""
+    is_costly = fusion.unary is not None and fusion.unary.attr in _COSTLY
+    if elements >= HUGE_WEIGHT:
+        return 1
+    if elements >= LARGE_WEIGHT:
+        return 2
+    if is_costly and elements >= GELU_WEIGHT:
+        return 4
+    macs = CHEAP_MACS_MIN if fusion.unary or fusion.other is not None else BARE_MACS_MIN
+    return -(-(COSTLY_MACS_MIN if is_costly else macs) // max(elements, 1))

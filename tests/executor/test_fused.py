@@ -57,12 +57,12 @@ def weights(*shapes: tuple[int, ...], names: str = "wbcdef") -> dict[str, torch.
     return {name: torch.randn(shape) for name, shape in zip(names, shapes, strict=False)}
 
 
-def linear_then(row, rows: int = 64, symbols=()) -> Graph:
+def linear_then(row, rows: int = 128, symbols=()) -> Graph:
     first = symbols[0] if symbols else rows
     return graph_of(
         [("fc", "linear.default", "$x", "@w", "@b"), ("act", *row)],
         {"x": f"f32[{first}, 256]"},
-        weights((512, 256), (512,)),
+        weights((256, 256), (256,)),
         ["act"],
         symbols,
     )
@@ -70,7 +70,7 @@ def linear_then(row, rows: int = 64, symbols=()) -> Graph:
 
 @pytest.mark.parametrize("name", UNARIES)
 def test_a_linear_takes_in_each_activation(name: str):
-    plan = assert_equal_to_eager(linear_then(UNARIES[name]), {"x": torch.randn(64, 256)})
+    plan = assert_equal_to_eager(linear_then(UNARIES[name]), {"x": torch.randn(128, 256)})
     assert [len(step.blocks) for step in plan.steps] == [2]
     assert kernel_objects(plan.steps) == [PACKED]
 
@@ -362,7 +362,7 @@ def test_rows_of_the_request_decide_where_they_are_dynamic():
     (step,) = plan.steps
     assert set(kernel_objects([step])) >= {PACKED, torch._C._nn.linear}
     eager = build_plan(facts, 1, EagerBuilder())
-    few, many = torch.randn(2, 256), torch.randn(64, 256)
+    few, many = torch.randn(2, 256), torch.randn(128, 256)
     assert torch.equal(run_plan(plan, {"x": few})["act"], run_plan(eager, {"x": few})["act"])
     for verdict in verdicts(facts).values():
         assert verdict.ok

@@ -1,0 +1,234 @@
+"""The fused tier against the eager one, whole plans, six imported families, interleaved runs.
+
+    python -m benchmarks.fused_tier [--families bert,vit] [--rounds 30] [--threads 1] [--tokens 64]
+    python -m benchmarks.fused_tier --linears     # what the thresholds of fused_emit come from
+
+Models have random weights of a fixed seed, batch 1, 64 tokens or one 224x224 image. `blocks` fuses
+inside blocks only, `runs` also across cuts. `speedup` is the median over rounds of eager time over
+the time of `runs` in the same round, which a noisy machine disturbs less than a quotient of medians.
+"""
+
+import argparse
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers as hf
+
+from benchmarks.harness import report
+from graphopt.analysis.facts import Facts, analyse
+from graphopt.executor.build import EagerBuilder, build_plan
+from graphopt.executor.fused import FusedBuilder
+from graphopt.executor.plan import Plan, Step, run_plan
+from graphopt.executor.runs import eager_run, run_of
+from graphopt.executor.verify import capture_boundaries, sample_inputs, verify_step
+from graphopt.frontend.torch_export import from_torch
+
+TOKENS = 64
+TARGET_GEOMEAN, TARGET_LEAST = 1.25, 1.0
+LINEARS = (  # rows, in, out: on both sides of each threshold
+    (64, 128, 128), (64, 192, 192), (197, 192, 192), (1, 256, 256), (2, 256, 256), (4, 256, 256),
+    (64, 256, 256), (197, 256, 256), (1, 192, 768), (2, 192, 768), (8, 192, 768), (64, 192, 768),
+    (1, 768, 768), (2, 768, 768), (8, 768, 768), (64, 768, 768), (1, 768, 3072), (2, 768, 3072),
+)  # fmt: skip
+
+
+def main() -> None:
+    """Measures, prints the table and writes it as JSON."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--families", default=",".join(FAMILIES))
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--tokens", type=int, default=TOKENS)
+    parser.add_argument("--linears", action="store_true")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    hf.logging.set_verbosity_error()
+    torch.set_num_threads(options.threads)
+    with torch.no_grad():
+        if options.linears:
+            report("fused_linears", linear_rows(), threads=options.threads)
+            return
+        rows = [
+            family_row(name, options.rounds, options.tokens) for name in options.families.split(",")
+        ]
+    speedups = [row["speedup"] for row in rows]
+    summary = {
+        "geomean": statistics.geometric_mean(speedups),
+        "geomean_blocks": statistics.geometric_mean([row["speedup_blocks"] for row in rows]),
+        "least": min(speedups),
+    }
+    report(
+        f"fused_tier_{options.threads}_threads",
+        rows,
+        threads=options.threads,
+        tokens=options.tokens,
+        summary=summary,
+    )
+    print({name: round(value, 3) for name, value in summary.items()})
+    reached = summary["geomean"] >= TARGET_GEOMEAN and summary["least"] >= TARGET_LEAST
+    print(
+        f"target {TARGET_GEOMEAN}x geomean, none below {TARGET_LEAST}x: {'yes' if reached else 'NO'}"
+    )
+
+
+def family_row(name: str, rounds: int, tokens: int) -> dict[str, Any]:
+    """One line of the table."""
+    torch.manual_seed(0)
+    module, example, dynamic = FAMILIES[name]()
+    facts = analyse(from_torch(module.eval(), example, dynamic, name))
+    inputs = {key: _cut(value, tokens) for key, value in example.items()}
+    builder, eager = FusedBuilder(), EagerBuilder()
+
+    def make_run(facts: Facts, block: str) -> Step:
+        run = run_of(facts, block)
+        found = builder.prepare_run(facts, run) if run[0] == block else None
+        return found or eager(facts, block)
+
+    start = time.perf_counter()
+    runs = build_plan(facts, 1, make_run)
+    prepare_ms = (time.perf_counter() - start) * 1e3
+    blocks = build_plan(facts, 1, lambda f, block: builder.prepare(f, block) or eager(f, block))
+    plans = {"eager": build_plan(facts, 1, eager), "blocks": blocks, "runs": runs}
+    start = time.perf_counter()
+    share = verify(facts, runs)
+    verify_ms = (time.perf_counter() - start) * 1e3
+    times = interleaved({k: lambda p=p: run_plan(p, inputs) for k, p in plans.items()}, rounds)
+    return {
+        "family": name,
+        **{f"{key}_ms": statistics.median(values) * 1e3 for key, values in times.items()},
+        "speedup": paired(times["eager"], times["runs"]),
+        "speedup_blocks": paired(times["eager"], times["blocks"]),
+        "fused_steps": runs.tiers().get("fused", 0),
+        "steps": len(runs.steps),
+        "prepare_ms": prepare_ms,
+        "verify_ms": verify_ms,
+        "error_share": share,
+    }
+
+
+def verify(facts: Facts, plan: Plan) -> float:
+    """Proves every fused step; the largest share of its allowed error that one uses up."""
+    references = [eager_run(facts, step.blocks) for step in plan.steps]
+    blocks = {step.block for step in plan.steps}
+    samples = capture_boundaries(plan, references, sample_inputs(facts), blocks)
+    worst = 0.0
+    for step, reference in zip(plan.steps, references, strict=True):
+        if step.tier == "fused":
+            verdict = verify_step(facts, step.block, step, reference, [samples[step.block]])
+            assert verdict.ok, verdict
+            worst = max(worst, verdict.max_error / verdict.allowed if verdict.allowed else 0.0)
+    return worst
+
+
+def linear_rows() -> list[dict[str, Any]]:
+    """Ordinary against packed linears with their epilogues, microseconds."""
+    linear, nn = torch._C._nn.linear, torch._C._nn
+    packed = torch.ops.mkldnn._linear_pointwise.default._op
+    binary = torch.ops.mkldnn._linear_pointwise.binary._op
+    rows = []
+    for n_rows, n_in, n_out in LINEARS:
+        x, w, b = torch.randn(1, n_rows, n_in), torch.randn(n_out, n_in), torch.randn(n_out)
+        p, other = torch.ops.mkldnn._reorder_linear_weight(w, None), torch.randn(1, n_rows, n_out)
+        calls: dict[str, Callable[[], Any]] = {
+            "bare": lambda x=x, w=w, b=b: linear(x, w, b),
+            "bare_packed": lambda x=x, p=p, b=b: packed(x, p, b, "none", [], ""),
+            "relu": lambda x=x, w=w, b=b: torch.relu(linear(x, w, b)),
+            "relu_packed": lambda x=x, p=p, b=b: packed(x, p, b, "relu", [], ""),
+            "add": lambda x=x, w=w, b=b, o=other: torch.add(linear(x, w, b), o),
+            "add_packed": lambda x=x, p=p, b=b, o=other: binary(x, o, p, b, "add"),
+            "gelu": lambda x=x, w=w, b=b: nn.gelu(linear(x, w, b)),
+            "gelu_packed": lambda x=x, p=p, b=b: packed(x, p, b, "gelu", [], "none"),
+        }
+        times = interleaved(calls, 200)
+        medians = {f"{key}_us": statistics.median(t) * 1e6 for key, t in times.items()}
+        rows.append({"size": f"{n_rows}x{n_in}x{n_out}", "macs": n_rows * n_in * n_out, **medians})
+    return rows
+
+
+def interleaved(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call, one of each in every round, each round beginning with another."""
+    names = list(calls)
+    for _ in range(3):
+        for call in calls.values():
+            call()
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for i in range(rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            start = time.perf_counter()
+            calls[name]()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def paired(base: list[float], other: list[float]) -> float:
+    """The median over rounds of base time over other time."""
+    return statistics.median(a / b for a, b in zip(base, other, strict=True))
+
+
+# -- families: module, example inputs, dynamic dims
+
+
+def _cut(example: torch.Tensor, tokens: int) -> torch.Tensor:
+    """One row of the example, of as many tokens where it holds tokens."""
+    return (example[:1, :tokens] if example.dim() == 2 else example[:1]).clone()
+
+
+def _tokens(module: torch.nn.Module, vocabulary: int) -> tuple[torch.nn.Module, Any, Any]:
+    ids = torch.randint(0, vocabulary, (2, TOKENS))
+    return module, {"input_ids": ids}, {"input_ids": {0: "batch", 1: "seq"}}
+
+
+def _image(module: torch.nn.Module) -> tuple[torch.nn.Module, Any, Any]:
+    for key, buffer in module.named_buffers():  # statistics as after training
+        if key.endswith("running_mean"):
+            buffer.normal_(0, 0.2)
+        elif key.endswith("running_var"):
+            buffer.uniform_(0.5, 1.5)
+    return module, {"pixel_values": torch.randn(2, 3, 224, 224)}, "batch"
+
+
+def _bert() -> tuple[torch.nn.Module, Any, Any]:
+    size = {"hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536}  # MiniLM-L6
+    return _tokens(hf.BertModel(hf.BertConfig(num_hidden_layers=6, **size)), 30_000)
+
+
+def _vit() -> tuple[torch.nn.Module, Any, Any]:
+    size = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768}  # ViT-tiny
+    config = hf.ViTConfig(num_hidden_layers=12, num_labels=1000, **size)
+    return _image(hf.ViTForImageClassification(config))
+
+
+def _resnet() -> tuple[torch.nn.Module, Any, Any]:
+    config = hf.ResNetConfig(
+        hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2], layer_type="basic", num_labels=1000
+    )
+    return _image(hf.ResNetForImageClassification(config))
+
+
+def _mobilenet() -> tuple[torch.nn.Module, Any, Any]:
+    return _image(hf.MobileNetV2ForImageClassification(hf.MobileNetV2Config(num_labels=1000)))
+
+
+def _gpt2() -> tuple[torch.nn.Module, Any, Any]:
+    config = hf.GPT2Config(n_layer=3, use_cache=False)  # small, cut from 12 layers
+    return _tokens(hf.GPT2LMHeadModel(config), 50_000)
+
+
+def _llama() -> tuple[torch.nn.Module, Any, Any]:
+    size = {"hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 688}
+    config = hf.LlamaConfig(num_hidden_layers=6, use_cache=False, vocab_size=8_000, **size)
+    return _tokens(hf.LlamaForCausalLM(config), 8_000)
+
+
+FAMILIES: dict[str, Callable[[], tuple[torch.nn.Module, Any, Any]]] = {
+    "bert": _bert, "vit": _vit, "resnet": _resnet, "mobilenet": _mobilenet, "gpt2": _gpt2,
+    "llama": _llama,
+}  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
