@@ -17,10 +17,10 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import graphopt
 from graphopt.engine import EngineSettings, Host, LiveModel
 from graphopt.errors import GraphoptError
 from graphopt.executor.samples import sample_inputs
@@ -74,6 +74,7 @@ class App:
         self._own: list[socket.socket] = []
         self._own_path: tuple[str, int] | None = None
         self._started_s = time.time()
+        self.doors_closed = asyncio.Event()
 
     async def start(self) -> None:
         """Serve. Raises GraphoptError; what had been started then waits for `stop`."""
@@ -85,13 +86,12 @@ class App:
         self.directory.open()
 
     async def stop(self, drain_s: float) -> int:
-        """Drain for up to `drain_s` seconds, then close; how many requests were cut off."""
-        aborted = 0
-        if hasattr(self, "data"):
-            aborted = (await self.data.stop(drain_s)).n_aborted
-        if hasattr(self, "control"):
-            await self.control.stop(drain_s)
+        """Let nobody in, drain for up to `drain_s` seconds, close; how many requests were cut off."""
+        planes = asyncio.gather(self._stop_data(drain_s), self._stop_control(drain_s))
+        await asyncio.sleep(0)  # both planes close their listeners before they first wait
         self._give_addresses_back()
+        self.doors_closed.set()
+        aborted, _ = await planes
         self.tell_failures(now=True)
         if hasattr(self, "host"):
             await asyncio.to_thread(self.host.close)
@@ -100,6 +100,13 @@ class App:
     async def cut(self) -> int:
         """Stop without waiting, for whoever asked twice; how many requests were cut off."""
         return await self.stop(0.0)
+
+    async def _stop_data(self, drain_s: float) -> int:
+        return (await self.data.stop(drain_s)).n_aborted if hasattr(self, "data") else 0
+
+    async def _stop_control(self, drain_s: float) -> None:
+        if hasattr(self, "control"):
+            await self.control.stop(drain_s)
 
     # -- start
 
@@ -176,7 +183,7 @@ class App:
             settings=lambda: self.settings,
             ring=self._logs.ring,
             reload=self._reload,
-            version=version(),
+            version=graphopt.__version__,
             started_s=self._started_s,
             statistics=self.statistics,
         )
@@ -248,14 +255,6 @@ class App:
     def models(self) -> Mapping[str, LiveModel]:
         """The live models."""
         return self.host.models() if hasattr(self, "host") else {}
-
-
-def version() -> str:
-    """Of the installed package."""
-    try:
-        return metadata.version("graphopt")
-    except metadata.PackageNotFoundError:  # run from a checkout that is not installed
-        return "0"
 
 
 def _make_folder(socket_path: Path) -> None:

@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import graphopt
 from graphopt.errors import (
     BundleError,
     DocumentError,
@@ -90,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--when-ready", metavar="TEXT", default="", help="print TEXT once every model serves"
     )
-    parser.add_argument("--version", action="version", version=_version())
+    parser.add_argument("--version", action="version", version=f"graphoptd {graphopt.__version__}")
     return parser
 
 
@@ -172,12 +173,3 @@ def _port(text: str) -> int:
     if not text.isdecimal() or int(text) > PORT_MAX:
         raise argparse.ArgumentTypeError(f"{text!r} is no port: 0 to {PORT_MAX}, 0 takes any free")
     return int(text)
-
-
-def _version() -> str:
-    from importlib import metadata
-
-    try:
-        return f"graphoptd {metadata.version('graphopt')}"
-    except metadata.PackageNotFoundError:
-        return "graphoptd (not installed)"

@@ -23,9 +23,10 @@ from pathlib import Path
 from signal import Signals
 from typing import Any
 
+import graphopt
 from graphopt.engine import Host
 from graphopt.errors import DocumentError, GraphoptError, StateFailedError
-from graphoptd.app import App, version
+from graphoptd.app import App
 from graphoptd.config import Reload
 from graphoptd.events import emit
 from graphoptd.garbage import Garbage
@@ -134,7 +135,7 @@ class Service:
         """False when a signal came before everything was up."""
         emit(
             "daemon.starting",
-            version=version(),
+            version=graphopt.__version__,
             pid=os.getpid(),
             path=str(self._path) if self._path else None,
         )
@@ -201,11 +202,13 @@ class Service:
                 remedy="see to the disk and start again: what was acknowledged is there",
                 exit_code=EXIT_STORE,
             )
+        draining = asyncio.ensure_future(self._app.stop(self._app.settings.data.drain_s))
+        await self._app.doors_closed.wait()
         emit("daemon.stopping", reason=reason, signal=caught.name if caught else None)
         self._notifier.stopping(f"draining: {reason}")
         if self._watch is not None:
             await asyncio.to_thread(self._watch.stop)
-        aborted = await self._drain()
+        aborted = await self._drained(draining)
         emit(
             "daemon.stopped",
             clean=aborted == 0,
@@ -216,19 +219,17 @@ class Service:
             return Outcome(EXIT_STORE)
         return Outcome(EXIT_OK, caught)
 
-    async def _drain(self) -> int:
-        """Stop the parts; a second signal cuts the wait short."""
-        draining = asyncio.ensure_future(self._app.stop(self._app.settings.data.drain_s))
+    async def _drained(self, draining: "asyncio.Future[int]") -> int:
+        """Requests that were cut off; a second signal cuts off those that are left."""
         while not draining.done():
+            if len(self._caught) > 1:
+                draining.cancel()
+                await asyncio.wait({draining})
+                return await self._app.cut()
             self._wake.clear()
             waking = asyncio.ensure_future(self._wake.wait())
-            await asyncio.wait({draining, waking}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([draining, waking], return_when=asyncio.FIRST_COMPLETED)
             waking.cancel()
-            if len(self._caught) > 1 and not draining.done():
-                draining.cancel()
-                with suppress(asyncio.CancelledError):
-                    await draining
-                return await self._app.cut()
         return draining.result()
 
     # -- what comes from outside: flags only

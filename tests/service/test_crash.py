@@ -1,0 +1,98 @@
+"""Law 7: what was acknowledged is there after any crash, whole, and at most the one in flight more."""
+
+import random
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+
+from graphoptd.ctl.client import Exit, Refused
+from service.harness import Daemon, Zygote, apply, running
+
+KILLS = 100
+LIFE_MAX_S = 0.06  # between READY and the kill: a few tens of deltas
+SEED = 20
+
+
+class Stream:
+    """Deltas 1, 2, 3 ... one after the other; delta `n` makes revision `n + 1`."""
+
+    def __init__(self) -> None:
+        self.acknowledged = 0
+        self.repeated = 0
+
+    def run(self, daemon: Daemon) -> None:
+        """Until the process dies; begins with the one in flight when the last process died."""
+        try:
+            with daemon.control() as client:
+                while True:
+                    revision = apply(client, self.acknowledged + 1)
+                    assert revision == self.acknowledged + 2
+                    self.acknowledged += 1
+        except Refused as refused:
+            if refused.exit_code != Exit.UNREACHABLE:  # anything but the death of the process
+                raise
+
+
+def check(daemon: Daemon, stream: Stream) -> None:
+    """Every acknowledged delta, at most one more, and both halves of it."""
+    answer = daemon.infer()
+    made = answer["revision"] - 1
+    assert stream.acknowledged <= made <= stream.acknowledged + 1
+    assert answer["a"] == answer["b"] == [made, made]
+    stream.repeated += made - stream.acknowledged
+
+
+def test_a_hundred_kills_in_a_stream_of_deltas_lose_nothing_and_halve_nothing(
+    folder: Path, model_argv: list[str], zygote: Zygote
+) -> None:
+    chance = random.Random(SEED)
+    stream = Stream()
+    for _ in range(KILLS):
+        with running(folder, model_argv, zygote) as daemon:
+            check(daemon.until("READY=1"), stream)
+            # The moment of death is the fault that is injected; nothing waits for it.
+            killer = threading.Timer(chance.uniform(0, LIFE_MAX_S), daemon.signal, [signal.SIGKILL])
+            killer.start()
+            stream.run(daemon)
+            killer.join()
+            assert daemon.wait() == -signal.SIGKILL
+    assert stream.acknowledged >= KILLS  # the lives were long enough to mean something
+    with running(folder, model_argv, zygote) as daemon:
+        check(daemon.until("READY=1"), stream)
+
+
+def test_kills_while_the_journal_is_recovered_lose_nothing(
+    folder: Path, model_argv: list[str], zygote: Zygote
+) -> None:
+    chance = random.Random(SEED + 1)
+    with running(folder, model_argv, zygote) as daemon, daemon.until("READY=1").control() as client:
+        for number in range(1, 41):
+            apply(client, number)
+        daemon.signal(signal.SIGKILL)
+    for _ in range(20):
+        with running(folder, model_argv, zygote) as daemon:
+            killer = threading.Timer(chance.uniform(0, 0.05), daemon.signal, [signal.SIGKILL])
+            killer.start()
+            killer.join()
+            assert daemon.wait() == -signal.SIGKILL
+    with running(folder, model_argv, zygote) as daemon:
+        assert daemon.until("READY=1").infer() == {"a": [40, 40], "b": [40, 40], "revision": 41}
+
+
+def test_an_id_sent_again_answers_as_the_first_time_and_with_other_content_is_refused(
+    folder: Path, model_argv: list[str], zygote: Zygote
+) -> None:
+    with running(folder, model_argv, zygote) as daemon, daemon.until("READY=1").control() as client:
+        assert apply(client, 1) == 2
+        daemon.signal(signal.SIGKILL)
+        daemon.wait()
+    with running(folder, model_argv, zygote) as daemon, daemon.until("READY=1").control() as client:
+        assert [apply(client, 1), apply(client, 2), apply(client, 1)] == [2, 3, 2]
+        assert daemon.infer()["a"] == [2, 2]
+        other = '{"delta": 1, "id": "d1", "edits": [{"put_constant": {"name": "a", "data": [5.0, 5.0]}}]}'
+        with pytest.raises(Refused) as refused:
+            client.ask("apply", {"document": other, "format": "json"})
+        assert refused.value.body["code"] == "delta.duplicate_id"
+        assert daemon.infer()["revision"] == 3
