@@ -270,7 +270,7 @@ class Spool:
                 where=f"{unit.name}: {paths[0]}",
                 remedy=f"rename a folder NAME{FOLDER_SUFFIX} with delta.yaml and the files in",
             )
-        opened = open_paths(paths, folder, confined=True)
+        opened = open_paths(paths, folder, label=unit.name, confined=True)
         try:
             for each in opened:
                 for name, fd in each.files.items():

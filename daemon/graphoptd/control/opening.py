@@ -87,10 +87,13 @@ def named_paths(text: bytes, format_: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def open_paths(paths: Sequence[str], folder: str, *, confined: bool = False) -> list[Opened]:
+def open_paths(
+    paths: Sequence[str], folder: str, *, label: str = "", confined: bool = False
+) -> list[Opened]:
     """The files at `paths`, counted from `folder`; a folder's are those that deltas read.
 
-    `confined` keeps to what is below `folder`, for paths that another user wrote.
+    `label` is the document that names them, for errors. `confined` keeps to what is below `folder`,
+    for paths that another user wrote.
 
     Raises:
         DocumentError: a link, an absent or unreadable file, no regular file, or several names.
@@ -103,6 +106,11 @@ def open_paths(paths: Sequence[str], folder: str, *, confined: bool = False) -> 
             opened.append(Opened(path, {}))
             _open_path(path, folder, confined, opened[-1].files)
             _check_count(sum(len(each.files) for each in opened), path)
+    except GraphoptError as error:
+        close_opened(opened)
+        if label:
+            error.where = f"{label}: {error.where}"
+        raise
     except BaseException:
         close_opened(opened)
         raise

@@ -75,7 +75,7 @@ def apply(client: Client, options: Options) -> Exit:
     is_json = not from_stdin and options.file.endswith(".json")
     folder = "." if from_stdin else str(Path(options.file).absolute().parent)
     format_ = "json" if is_json else "yaml"
-    opened = open_paths(named_paths(text, format_), folder)
+    opened = open_paths(named_paths(text, format_), folder, label=source)
     try:
         return _apply(client, options, text, format_, source, opened)
     finally:

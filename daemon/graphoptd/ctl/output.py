@@ -74,7 +74,8 @@ def error_lines(body: Mapping[str, Any]) -> list[str]:
     if where:
         lines.append(f"  where: {clean(where)}")
     faults = [each for each in body.get("detail") or () if isinstance(each, dict)]
-    if len(faults) > 1 or not where:
+    said = str(body.get("message"))
+    if len(faults) > 1 or any(str(each.get("reason")) not in said for each in faults):
         shown = faults[:_ERROR_LINES_MAX]
         pairs = [(str(each.get("path")), str(each.get("reason"))) for each in shown]
         lines += [f"    {clean(path)}: {clean(reason)}" for path, reason in pairs]
