@@ -1,13 +1,17 @@
-"""What one inference request costs the server, in CPU time: graphopt's data plane, and MLServer beside it.
+"""What one inference request costs the server, in CPU time: graphopt's data plane and MLServer.
 
-The model returns its input, so what is measured is HTTP, decoding, queueing and encoding. Each server runs in a process
-of its own; one client sends prepared bytes and reads whole answers, over one connection and over eight at once (as a
-busy service sees them; then its caches stay warm). Server CPU is the run time that the kernel's scheduler accounts to
-all threads of the server (`/proc/PID/task/*/schedstat`). Rounds are interleaved and medians reported.
+The model returns its input, so what is measured is HTTP, decoding, queueing and encoding. Each
+server runs in a process of its own; one client sends prepared bytes and reads whole answers, over
+one connection and over eight at once (as a busy service sees them; then its caches stay warm).
+Server CPU is the run time that the kernel's scheduler accounts to all threads of the server
+(`/proc/PID/task/*/schedstat`). Rounds are interleaved and medians reported. `uvicorn alone` answers
+the same bytes without looking at them: the floor under this HTTP stack, and the measure of how busy
+the host was.
 
-    python benchmarks/data_plane.py [--requests 3000] [--rounds 5] [--mlserver PYTHON]
+    python -m benchmarks.data_plane [--requests 2000] [--rounds 5] [--mlserver PYTHON]
 
-`--mlserver` names an interpreter that has MLServer; without it, this one and `mlserver` on the PATH are tried.
+`--mlserver` names an interpreter that has MLServer; without it, this one and `mlserver` on the PATH
+are tried.
 """
 
 import argparse
@@ -16,8 +20,6 @@ import contextlib
 import gc
 import importlib.util
 import json
-import os
-import platform
 import random
 import re
 import shutil
@@ -28,12 +30,28 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "data_plane.json"
+import torch
+import uvloop
+from uvicorn.config import Config
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
+
+from benchmarks.harness import ROOT, report
+from graphoptd.data import (
+    DataServer,
+    DataSettings,
+    IndexEntry,
+    Result,
+    Served,
+    Signature,
+    TensorSpec,
+)
+
 N_ELEMENTS = 1024  # FP32: 4 KB
 TARGET_CPU_US = 150
 CONNECTIONS = (1, 8)
@@ -70,12 +88,16 @@ def main() -> None:
         for how in ("thread", "inline")
         for n in CONNECTIONS
     ]
+    cases += [
+        Case(f"uvicorn alone, binary, {n} connections", "floor", _binary_request(), n)
+        for n in CONNECTIONS
+    ]
     mlserver = _mlserver_python(options.mlserver)
     if mlserver is None:
         print("MLServer is not installed; its rows are absent (--mlserver PYTHON)")
     else:
         cases += [
-            Case(f"MLServer, JSON, in process, {n} connections", "mlserver", _json_request(), n)
+            Case(f"MLServer, JSON, {n} connections", "mlserver", _json_request(), n)
             for n in CONNECTIONS
         ]
     with contextlib.ExitStack() as stack:
@@ -89,8 +111,7 @@ def main() -> None:
                 pid, port = servers[case.server]
                 rounds[case.name].append(_measure(case, pid, port, options.requests))
     rows = [_median(rounds[case.name]) for case in cases]
-    _print(rows)
-    _write(rows, options)
+    _report(rows, options)
 
 
 # -- measuring
@@ -144,7 +165,7 @@ def _read_answer(connection: socket.socket) -> None:
 
 
 def _cpu_ns(pid: int) -> int:
-    """Run time of all threads; the counter of one that runs right now is brought up to date when it is read."""
+    """Run time of all threads."""
     return sum(
         int(path.read_text().split()[0]) for path in Path(f"/proc/{pid}/task").glob("*/schedstat")
     )
@@ -204,9 +225,13 @@ def _started(name: str, mlserver: str | None) -> Iterator[tuple[int, int]]:
             command = _mlserver_command(mlserver, Path(folder), port)
         else:
             port = 0
-            command = [sys.executable, __file__, "--serve", name]
+            command = [sys.executable, "-m", "benchmarks.data_plane", "--serve", name]
         process = subprocess.Popen(
-            command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            command,
+            cwd=folder if name == "mlserver" else ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
         )
         try:
             if port == 0:
@@ -221,72 +246,99 @@ def _started(name: str, mlserver: str | None) -> Iterator[tuple[int, int]]:
 
 
 def _serve(kind: str) -> None:
-    """The server process: an identity model behind the data plane, until it is told to end."""
-    sys.path[:0] = [str(ROOT), str(ROOT / "daemon")]
-    import uvloop
+    """The server process, until it is told to end."""
+    uvloop.run(_serve_floor() if kind == "floor" else _serve_identity(kind == "thread"))
 
-    async def serve() -> None:
-        from concurrent.futures import ThreadPoolExecutor
 
-        import torch
+async def _serve_identity(on_thread: bool) -> None:
+    """Our data plane in front of an identity model."""
+    torch.set_num_threads(1)
+    gc.freeze()  # as the daemon does after start-up
+    server = DataServer(_Only(_Identity(on_thread)), DataSettings(port=0))
+    await server.start()
+    print(server.addresses[0].rsplit(":", 1)[1], flush=True)
+    await asyncio.Event().wait()
 
-        from graphoptd.data import DataServer, DataSettings, Signature, TensorSpec
 
-        torch.set_num_threads(1)
-        gc.freeze()  # as the daemon does after start-up
+async def _serve_floor() -> None:
+    """Stock uvicorn in front of an application that reads the body and answers as many bytes."""
 
-        @dataclass(frozen=True, slots=True)
-        class Ran:
-            outputs: dict[str, torch.Tensor]
-            revision: int
-            plan_id: str
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        more = True
+        while more:
+            more = (await receive())["more_body"]
+        headers = [
+            (b"content-type", b"application/octet-stream"),
+            (b"content-length", b"%d" % len(_FLOOR_ANSWER)),
+        ]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": _FLOOR_ANSWER})
 
-        class Identity:
-            name = "identity"
+    config = Config(application, ws="none", lifespan="off", log_config=None, access_log=False)
+    config.load()
+    state, loop = ServerState(), asyncio.get_running_loop()
+    server = await loop.create_server(
+        lambda: HttpToolsProtocol(config, state, {}, loop), "127.0.0.1", 0
+    )
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await asyncio.Event().wait()
 
-            def __init__(self) -> None:
-                shape = (-1, N_ELEMENTS)
-                self._signature = Signature(
-                    (TensorSpec("x", "FP32", shape, True),),
-                    (TensorSpec("y", "FP32", shape, True),),
-                    1,
-                )
-                self._pool = ThreadPoolExecutor(1) if kind == "thread" else None
 
-            def signature(self) -> Signature:
-                return self._signature
+_FLOOR_ANSWER = bytes(N_ELEMENTS * 4 + 150)
 
-            def capacity(self) -> int:
-                return 1
 
-            def submit(self, inputs: dict[str, torch.Tensor]) -> Future:
-                if self._pool is not None:
-                    return self._pool.submit(self.run, inputs)
-                future = Future()
-                future.set_result(self.run(inputs))
-                return future
+@dataclass(frozen=True, slots=True)
+class _Ran:
+    outputs: dict[str, torch.Tensor]
+    revision: int
+    plan_id: str
 
-            def run(self, inputs: dict[str, torch.Tensor]) -> Ran:
-                return Ran({"y": inputs["x"]}, 1, "plan")
 
-        class Only:
-            model = Identity()
+class _Identity:
+    name = "identity"
 
-            def find(self, name: str) -> Identity | None:
-                return self.model if name == "identity" else None
+    def __init__(self, on_thread: bool) -> None:
+        shape = (-1, N_ELEMENTS)
+        self._signature = Signature(
+            (TensorSpec("x", "FP32", shape, True),), (TensorSpec("y", "FP32", shape, True),), 1
+        )
+        self._pool = ThreadPoolExecutor(1) if on_thread else None
 
-            def index(self) -> list:
-                return []
+    def signature(self) -> Signature:
+        return self._signature
 
-            def ready(self) -> bool:
-                return True
+    def capacity(self) -> int:
+        return 1
 
-        server = DataServer(Only(), DataSettings(port=0))
-        await server.start()
-        print(server.addresses[0].rsplit(":", 1)[1], flush=True)
-        await asyncio.Event().wait()
+    def submit(self, inputs: dict[str, torch.Tensor]) -> Future[Result]:
+        if self._pool is not None:
+            return self._pool.submit(self._run, inputs)
+        future: Future[Result] = Future()
+        future.set_result(self._run(inputs))
+        return future
 
-    uvloop.run(serve())
+    def _run(self, inputs: dict[str, torch.Tensor]) -> Result:
+        return _Ran({"y": inputs["x"]}, 1, "plan")
+
+
+@dataclass(frozen=True)
+class _Only:
+    model: _Identity
+
+    def find(self, name: str) -> Served | None:
+        return self.model if name == self.model.name else None
+
+    def index(self) -> list[IndexEntry]:
+        return [IndexEntry(self.model.name, 1, "READY")]
+
+    def ready(self) -> bool:
+        return True
+
+    def load(self, name: str, bundle: str) -> None:
+        raise AssertionError
+
+    def unload(self, name: str) -> None:
+        raise AssertionError
 
 
 _MLSERVER_MODEL = """
@@ -355,56 +407,25 @@ def _free_port() -> int:
 # -- reporting
 
 
-def _print(rows: list[Row]) -> None:
-    print(
-        f"{'4 KB FP32 identity':44} {'server CPU us':>14} {'p50 us':>9} {'p99 us':>9}   (a turn of all connections)"
-    )
-    for row in rows:
-        print(
-            f"{row.name:44} {row.server_cpu_us:14.1f} {row.latency_us_p50:9.0f} {row.latency_us_p99:9.0f}"
-        )
+def _report(rows: list[Row], options: argparse.Namespace) -> None:
+    extra = {"requests": options.requests, "rounds": options.rounds, "target_cpu_us": TARGET_CPU_US}
+    report("data_plane", [asdict(row) for row in rows], **extra)
     cpu_us = {row.name: row.server_cpu_us for row in rows}
     for n in CONNECTIONS:
         ours = cpu_us[f"graphopt, binary, thread, {n} connections"]
-        print(f"target {TARGET_CPU_US} us for binary on {n} connections: {ours:.0f} us")
-        theirs = cpu_us.get(f"MLServer, JSON, in process, {n} connections")
+        print(f"binary on {n} connections: {ours:.0f} us, target {TARGET_CPU_US}")
+        theirs = cpu_us.get(f"MLServer, JSON, {n} connections")
         if theirs is not None:
             ratio = theirs / cpu_us[f"graphopt, JSON, thread, {n} connections"]
-            print(
-                f"MLServer takes {ratio:.1f} times our CPU for the same JSON request on {n} connections"
-            )
-
-
-def _write(rows: list[Row], options: argparse.Namespace) -> None:
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    machine = {
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "cpus": os.cpu_count(),
-        "processor": _processor(),
-    }
-    content = {
-        "benchmark": "data_plane",
-        "machine": machine,
-        "requests": options.requests,
-        "rounds": options.rounds,
-        "rows": [asdict(row) for row in rows],
-    }
-    RESULTS.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def _processor() -> str:
-    text = Path("/proc/cpuinfo").read_text()
-    model = re.search(r"model name\s*: (.*)", text)
-    return model[1] if model else platform.machine()
+            print(f"JSON on {n} connections: MLServer takes {ratio:.2f} times our CPU")
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--requests", type=int, default=3000, help="per case and round")
+    parser.add_argument("--requests", type=int, default=2000, help="per case and round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--mlserver", metavar="PYTHON", help="an interpreter that has MLServer")
-    parser.add_argument("--serve", choices=("thread", "inline"), help=argparse.SUPPRESS)
+    parser.add_argument("--serve", choices=("thread", "inline", "floor"), help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

@@ -4,6 +4,7 @@
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from urllib.parse import unquote_to_bytes
 
 from graphoptd.data.answers import HttpError
@@ -51,6 +52,7 @@ _SHARED_MEMORY = {
 }
 
 
+@lru_cache(maxsize=256)  # clients ask for few paths, again and again; a hostile one can fill 4 MiB
 def resolve(method: str, raw_path: bytes) -> Route:
     """The route of a request.
 

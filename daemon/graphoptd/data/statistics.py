@@ -12,91 +12,104 @@ from typing import Any
 
 
 @dataclass(slots=True)
-class Stage:
-    """How often something happened and how long it took in all."""
+class Executions:
+    """Successful runs of the engine on one batch size, and where their time went."""
 
     count: int = 0
-    total_ns: int = 0
-
-    def add(self, duration_ns: int) -> None:
-        """Count one more."""
-        self.count += 1
-        self.total_ns += duration_ns
-
-    def as_json(self) -> dict[str, int]:
-        """In the protocol's words."""
-        return {"count": self.count, "ns": self.total_ns}
-
-
-@dataclass(slots=True)
-class BatchStages:
-    """Executions of one batch size."""
-
-    compute_input: Stage = field(default_factory=Stage)
-    compute_infer: Stage = field(default_factory=Stage)
-    compute_output: Stage = field(default_factory=Stage)
+    input_ns: int = 0
+    infer_ns: int = 0
+    output_ns: int = 0
 
 
 @dataclass(slots=True)
 class ModelStatistics:
-    """Counters of one model: stages count requests, `rows` rows, `executions` runs of the engine."""
+    """Counters of one model.
 
+    Attributes:
+        answered: requests that succeeded; `total_ns` to `output_ns` are theirs.
+        failed: requests that did not.
+        rows: in the answered requests; the protocol calls each an inference.
+        executions: successful runs of the engine.
+        batches_retried: batches that failed and whose members ran again, each alone.
+        last_unix_ms: when the last request was answered, 0 before the first.
+        by_rows: executions by batch size.
+    """
+
+    answered: int = 0
+    total_ns: int = 0
+    queue_ns: int = 0
+    input_ns: int = 0
+    infer_ns: int = 0
+    output_ns: int = 0
+    failed: int = 0
+    failed_ns: int = 0
     rows: int = 0
     executions: int = 0
     batches_retried: int = 0
     last_unix_ms: int = 0
-    success: Stage = field(default_factory=Stage)
-    fail: Stage = field(default_factory=Stage)
-    queue: Stage = field(default_factory=Stage)
-    compute_input: Stage = field(default_factory=Stage)
-    compute_infer: Stage = field(default_factory=Stage)
-    compute_output: Stage = field(default_factory=Stage)
-    by_batch_size: dict[int, BatchStages] = field(default_factory=dict)
+    by_rows: dict[int, Executions] = field(default_factory=dict)
 
     def add_success(
         self, rows: int, total_ns: int, queue_ns: int, input_ns: int, infer_ns: int, output_ns: int
     ) -> None:
         """Count one answered request."""
+        self.answered += 1
         self.rows += rows
-        self.success.add(total_ns)
-        self.queue.add(queue_ns)
-        self.compute_input.add(input_ns)
-        self.compute_infer.add(infer_ns)
-        self.compute_output.add(output_ns)
+        self.total_ns += total_ns
+        self.queue_ns += queue_ns
+        self.input_ns += input_ns
+        self.infer_ns += infer_ns
+        self.output_ns += output_ns
         self.last_unix_ms = time.time_ns() // 1_000_000
+
+    def add_failure(self, total_ns: int) -> None:
+        """Count one refused or failed request."""
+        self.failed += 1
+        self.failed_ns += total_ns
 
     def add_execution(self, rows: int, input_ns: int, infer_ns: int, output_ns: int) -> None:
         """Count one successful run of the engine, on `rows` rows."""
         self.executions += 1
-        stages = self.by_batch_size.get(rows)
-        if stages is None:
-            if len(self.by_batch_size) >= _BATCH_SIZES_MAX:
+        same = self.by_rows.get(rows)
+        if same is None:
+            if len(self.by_rows) >= _BATCH_SIZES_MAX:
                 return
-            stages = self.by_batch_size[rows] = BatchStages()
-        stages.compute_input.add(input_ns)
-        stages.compute_infer.add(infer_ns)
-        stages.compute_output.add(output_ns)
+            same = self.by_rows[rows] = Executions()
+        same.count += 1
+        same.input_ns += input_ns
+        same.infer_ns += infer_ns
+        same.output_ns += output_ns
 
     def as_json(self, name: str, revision: int) -> dict[str, Any]:
         """One entry of `model_stats`."""
-        stages = ("success", "fail", "queue", "compute_input", "compute_infer", "compute_output")
         return {
             "name": name,
             "version": str(revision),
             "last_inference": self.last_unix_ms,
             "inference_count": self.rows,
             "execution_count": self.executions,
-            "inference_stats": {stage: getattr(self, stage).as_json() for stage in stages},
+            "inference_stats": {
+                "success": _stage(self.answered, self.total_ns),
+                "fail": _stage(self.failed, self.failed_ns),
+                "queue": _stage(self.answered, self.queue_ns),
+                "compute_input": _stage(self.answered, self.input_ns),
+                "compute_infer": _stage(self.answered, self.infer_ns),
+                "compute_output": _stage(self.answered, self.output_ns),
+            },
             "batch_stats": [
                 {
-                    "batch_size": size,
-                    "compute_input": stages.compute_input.as_json(),
-                    "compute_infer": stages.compute_infer.as_json(),
-                    "compute_output": stages.compute_output.as_json(),
+                    "batch_size": rows,
+                    "compute_input": _stage(runs.count, runs.input_ns),
+                    "compute_infer": _stage(runs.count, runs.infer_ns),
+                    "compute_output": _stage(runs.count, runs.output_ns),
                 }
-                for size, stages in sorted(self.by_batch_size.items())
+                for rows, runs in sorted(self.by_rows.items())
             ],
         }
 
 
 _BATCH_SIZES_MAX = 256  # clients choose their batches' sizes; further ones count in the total only
+
+
+def _stage(count: int, total_ns: int) -> dict[str, int]:
+    return {"count": count, "ns": total_ns}
