@@ -15,6 +15,7 @@ from weakref import WeakSet
 import torch
 
 from graphopt.executor.plan import Plan, Step, run_plan
+from graphopt.limits import PLANS_RETIRED_MAX
 
 DROPPING_MAX = 64  # steps waiting for a quiet moment; beyond that they go without one
 IDLE = float("inf")  # what a reader that runs nothing has noted
@@ -73,6 +74,10 @@ class Slot:
             if plan.revision != old.revision:
                 self.last_good = plan  # the live-path plan of a revision is its first good one
             self._retired.append((self.epoch, old))
+            if len(self._retired) > PLANS_RETIRED_MAX:  # the background is late; the writer pays instead
+                oldest = min((reader.epoch for reader in self._readers), default=IDLE)
+                while self._retired and self._retired[0][0] <= oldest:
+                    self._retired.popleft()
 
     def reap(self) -> int:
         """Drops the replaced plans that no running request can hold; returns how many are left.
@@ -83,9 +88,9 @@ class Slot:
         with self._lock:
             oldest = min((reader.epoch for reader in self._readers), default=IDLE)
             kept = {id(step) for plan in (self.plan, self.last_good) for step in plan.steps}
-        while self._retired and self._retired[0][0] <= oldest:
-            _, plan = self._retired.popleft()
-            self._dropping.extend(step for step in plan.steps if id(step) not in kept)
+            while self._retired and self._retired[0][0] <= oldest:
+                _, plan = self._retired.popleft()
+                self._dropping.extend(step for step in plan.steps if id(step) not in kept)
         while self._dropping and (not self.is_busy() or len(self._dropping) > DROPPING_MAX):
             self._dropping.popleft()
         return len(self._retired)
