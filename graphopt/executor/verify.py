@@ -69,6 +69,9 @@ def verify_step(
     """
     if not samples:
         return Verdict(False, f"{block}: nothing to compare on", float("nan"), 0.0, 0)
+    if (candidate.reads, candidate.writes) != (reference.reads, reference.writes):
+        reason = f"{block}: it does not read and write what {', '.join(reference.blocks)} does"
+        return Verdict(False, reason, float("nan"), 0.0, 0)
     judge = _double_function(facts, reference)
     functions = (candidate.function, *getattr(candidate.function, "variants", ()))
     worst, allowed = 0.0, 0.0

@@ -153,6 +153,12 @@ def test_nothing_to_compare_on_is_no_proof():
     assert not verify_step(facts, block, step, step, []).ok
 
 
+def test_a_step_of_other_blocks_is_no_candidate():
+    facts, block, step, sample = layer()
+    other = replace(step, writes=("fc",))
+    assert "read and write" in verify_step(facts, block, other, step, [sample]).reason
+
+
 def test_where_the_reference_is_infinite_the_candidate_may_differ():
     facts, block, step, sample = layer()
     reads = (sample.reads[0].index_fill(0, torch.tensor([1]), float("inf")),)
