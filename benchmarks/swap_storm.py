@@ -32,8 +32,8 @@ UNDISTURBED_S = 10.0
 class Tally:
     """What one client saw."""
 
-    starts: array[float] = field(default_factory=lambda: array("d"))  # flat: the tally must not look like a leak
-    ends: array[float] = field(default_factory=lambda: array("d"))
+    starts: "array[float]" = field(default_factory=lambda: array("d"))  # flat: the tally must not look like a leak
+    ends: "array[float]" = field(default_factory=lambda: array("d"))
     bitwise: int = 0
     within: int = 0
     wrong: int = 0
