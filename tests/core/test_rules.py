@@ -90,7 +90,7 @@ def arguments(op: str, case: Case) -> Args:
     x = case.tensor()
     rank = case.type(x).rank
     match name:
-        case "add" | "sub" | "mul" | "div" | "eq" | "ne" | "lt" | "le" | "gt" | "ge":
+        case "add" | "sub" | "rsub" | "mul" | "div" | "eq" | "ne" | "lt" | "le" | "gt" | "ge":
             if op.endswith("Scalar"):
                 return (x, r.choice([2, 0.5, True]))
             other = case.tensor(case.like(x), r.choice([case.type(x).dtype, None]))
