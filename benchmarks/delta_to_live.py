@@ -1,12 +1,16 @@
-"""From `apply` called to the store after which every new request runs the new revision, journal commit included.
+"""From `apply` called to the store after which every new request runs the new revision, journal
+commit included.
 
-BERT-base from config, two closed-loop clients in the process, one-node shape-preserving edits. The peers make the same change to the same model
-in processes of their own: torch.compile after editing the module, an edited ONNX file to a ready ONNX Runtime session, OpenVINO from the edited
-model to a compiled one. Then the growth of `apply` from 1,000 to 50,000 nodes.
+BERT-base from config, two closed-loop clients in the process, one-node shape-preserving edits. The
+peers make the same change to the same model
+in processes of their own: torch.compile after editing the module, an edited ONNX file to a ready
+ONNX Runtime session, OpenVINO from the edited model to a compiled one. Then the growth of `apply`
+from 1,000 to 50,000 nodes.
 
     python benchmarks/delta_to_live.py [--deltas 200] [--no-peers]
 
-ONNX Runtime, OpenVINO and the ONNX exporter (`pip install onnx onnxscript onnxruntime openvino`) are absent from the table when not installed.
+ONNX Runtime, OpenVINO and the ONNX exporter (`pip install onnx onnxscript onnxruntime openvino`)
+are absent from the table when not installed.
 """
 
 import argparse
@@ -49,7 +53,10 @@ def main() -> None:
 
 
 def bert(act: torch.nn.Module | None = None) -> torch.nn.Module:
-    """BERT-base with random weights of a fixed seed; `act` takes the place of one layer's activation."""
+    """BERT-base with random weights of a fixed seed.
+
+    `act` takes the place of one layer's activation.
+    """
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
     model = transformers.BertForSequenceClassification(transformers.BertConfig())
@@ -76,14 +83,35 @@ def graphopt_row(n_deltas: int) -> dict[str, Any]:
     """Edits under two clients."""
     shapes = {name: {0: "batch", 1: "seq"} for name in example()}
     graph = graphopt.from_torch(bert(), example(), dynamic_shapes=shapes, name="bert")
-    target = next(id for id in graph.nodes if id.startswith("bert.encoder.layer.6") and graph.nodes[id].op == "aten.gelu.default")
-    insert = {"delta": 1, "edits": [{"insert_after": {"value": f"${target}", "id": "probe", "op": "aten.mul.Scalar", "args": [f"${target}", 1.01]}}]}
+    target = next(
+        id
+        for id in graph.nodes
+        if id.startswith("bert.encoder.layer.6") and graph.nodes[id].op == "aten.gelu.default"
+    )
+    insert = {
+        "delta": 1,
+        "edits": [
+            {
+                "insert_after": {
+                    "value": f"${target}",
+                    "id": "probe",
+                    "op": "aten.mul.Scalar",
+                    "args": [f"${target}", 1.01],
+                }
+            }
+        ],
+    }
     remove = {"delta": 1, "edits": [{"bypass": {"node": "probe"}}]}
     live, returned, latencies, shares, after = [], [], [], [], []
-    with tempfile.TemporaryDirectory() as state, graphopt.Engine(graph, graphopt.EngineSettings(), state_dir=state) as engine:
+    with (
+        tempfile.TemporaryDirectory() as state,
+        graphopt.Engine(graph, graphopt.EngineSettings(), state_dir=state) as engine,
+    ):
         engine.settle(300)
         stop = threading.Event()
-        clients = [threading.Thread(target=_client, args=(engine, stop, latencies)) for _ in range(2)]
+        clients = [
+            threading.Thread(target=_client, args=(engine, stop, latencies)) for _ in range(2)
+        ]
         for client in clients:
             client.start()
         for i in range(n_deltas + WARMUP):
@@ -100,10 +128,15 @@ def graphopt_row(n_deltas: int) -> dict[str, Any]:
         for client in clients:
             client.join()
     return {
-        "system": "graphopt", "p50_ms": statistics.median(live), "p99_ms": percentile(live, 0.99),
-        "return_p50_ms": statistics.median(returned), "first_request_p50_ms": statistics.median(after),
-        "client_p50_ms": statistics.median(latencies) * 1e3, "inferred_share": max(shares), "times_slower": 1.0,
-    }  # fmt: skip
+        "system": "graphopt",
+        "p50_ms": statistics.median(live),
+        "p99_ms": percentile(live, 0.99),
+        "return_p50_ms": statistics.median(returned),
+        "first_request_p50_ms": statistics.median(after),
+        "client_p50_ms": statistics.median(latencies) * 1e3,
+        "inferred_share": max(shares),
+        "times_slower": 1.0,
+    }
 
 
 def _client(engine: graphopt.Engine, stop: threading.Event, latencies: list[float]) -> None:
@@ -120,10 +153,21 @@ def scaling_rows() -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for n_nodes in (1_000, 5_000, 20_000, 50_000):
         graph = _chain(n_nodes)
-        with tempfile.TemporaryDirectory() as state, graphopt.Engine(graph, graphopt.EngineSettings(improve=False), state_dir=state) as engine:
+        with (
+            tempfile.TemporaryDirectory() as state,
+            graphopt.Engine(
+                graph, graphopt.EngineSettings(improve=False), state_dir=state
+            ) as engine,
+        ):
             live = []
             for i in range(60):
-                edit = {"set_attr": {"node": f"layer.{n_nodes // 8}/scale", "name": "other", "value": 1.0 + i / 100}}
+                edit = {
+                    "set_attr": {
+                        "node": f"layer.{n_nodes // 8}/scale",
+                        "name": "other",
+                        "value": 1.0 + i / 100,
+                    }
+                }
                 live.append(engine.apply({"delta": 1, "edits": [edit]}).live_s * 1e3)
         rows.append({"nodes": n_nodes, "p50_ms": statistics.median(live[10:])})
     for row in rows:
@@ -133,7 +177,10 @@ def scaling_rows() -> list[dict[str, Any]]:
 
 
 def _chain(n_nodes: int) -> graphopt.Graph:
-    """Residual layers of four nodes each; all share one weight, so that size is nodes and not bytes."""
+    """Residual layers of four nodes each.
+
+    All share one weight, so that size is nodes and not bytes.
+    """
     from graphopt.constants import constant_of
     from graphopt.types import TensorType
 
@@ -141,20 +188,39 @@ def _chain(n_nodes: int) -> graphopt.Graph:
     nodes, value = [], "x"
     for i in range(n_nodes // 4):
         stem = f"layer.{i}"
-        nodes.append(graphopt.Node(stem, "aten.linear.default", (graphopt.Ref(value), graphopt.Const("weight"))))
+        nodes.append(
+            graphopt.Node(
+                stem, "aten.linear.default", (graphopt.Ref(value), graphopt.Const("weight"))
+            )
+        )
         nodes.append(graphopt.Node(f"{stem}/relu", "aten.relu.default", (graphopt.Ref(stem),)))
-        nodes.append(graphopt.Node(f"{stem}/scale", "aten.mul.Scalar", (graphopt.Ref(f"{stem}/relu"), 0.5)))
-        nodes.append(graphopt.Node(f"{stem}/add", "aten.add.Tensor", (graphopt.Ref(f"{stem}/scale"), graphopt.Ref(value))))
+        nodes.append(
+            graphopt.Node(f"{stem}/scale", "aten.mul.Scalar", (graphopt.Ref(f"{stem}/relu"), 0.5))
+        )
+        nodes.append(
+            graphopt.Node(
+                f"{stem}/add",
+                "aten.add.Tensor",
+                (graphopt.Ref(f"{stem}/scale"), graphopt.Ref(value)),
+            )
+        )
         value = f"{stem}/add"
     return graphopt.Graph.build(
-        "chain", nodes, [("x", TensorType("f32", (4, 16)))], [("output", graphopt.Ref(value))], {"weight": weight}
+        "chain",
+        nodes,
+        [("x", TensorType("f32", (4, 16)))],
+        [("output", graphopt.Ref(value))],
+        {"weight": weight},
     )
 
 
 def peer_row(name: str, reference_ms: float) -> dict[str, Any]:
     """One peer in its own process."""
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.delta_to_live", "--peer", name], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "benchmarks.delta_to_live", "--peer", name],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode != 0:
         return {"system": name, "note": (done.stderr.strip().splitlines() or ["failed"])[-1][:100]}

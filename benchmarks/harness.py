@@ -16,12 +16,26 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 def fingerprint() -> dict[str, Any]:
     """What the figures were measured on."""
-    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "?")
-    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    cpu = next(
+        (
+            line.split(":")[1].strip()
+            for line in _lines("/proc/cpuinfo")
+            if line.startswith("model name")
+        ),
+        "?",
+    )
+    commit = subprocess.run(
+        ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
     return {
-        "cpu": cpu, "cpus": len(os.sched_getaffinity(0)), "load_1m": os.getloadavg()[0], "kernel": platform.release(),
-        "python": platform.python_version(), "torch": torch.__version__, "commit": commit.stdout.strip(),
-    }  # fmt: skip
+        "cpu": cpu,
+        "cpus": len(os.sched_getaffinity(0)),
+        "load_1m": os.getloadavg()[0],
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": commit.stdout.strip(),
+    }
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -1,7 +1,9 @@
-"""Deltas one after another under four closed-loop clients: nothing fails, nothing is answered by a mixture, nothing leaks.
+"""Deltas one after another under four closed-loop clients: nothing fails, nothing is answered by a
+mixture, nothing leaks.
 
-A delta sets one of a few scales, so the right answer of every revision is known beforehand: each answer is compared with the answer of its own
-revision, bitwise when its plan is the one the expectation was computed on, within TOLERANCE of the reference otherwise. Requests that overlap a
+A delta sets one of a few scales, so the right answer of every revision is known beforehand: each
+answer is compared with the answer of its own revision, bitwise when its plan is the one the
+expectation was computed on, within TOLERANCE of the reference otherwise. Requests that overlap a
 swap are compared with the same clients undisturbed, in the same run.
 
     python -m benchmarks.swap_storm [--deltas 10000] [--clients 4]
@@ -32,7 +34,8 @@ UNDISTURBED_S = 10.0
 class Tally:
     """What one client saw."""
 
-    starts: "array[float]" = field(default_factory=lambda: array("d"))  # flat: the tally must not look like a leak
+    # Flat: the tally must not look like a leak
+    starts: "array[float]" = field(default_factory=lambda: array("d"))
     ends: "array[float]" = field(default_factory=lambda: array("d"))
     bitwise: int = 0
     within: int = 0
@@ -64,12 +67,17 @@ def main() -> None:
     torch.manual_seed(0)
     graph = graphopt.from_torch(Net(), (torch.randn(8, 256),), name="net")
     plans: weakref.WeakSet[Plan] = weakref.WeakSet()
-    with tempfile.TemporaryDirectory() as state, graphopt.Engine(graph, graphopt.EngineSettings(intra_op=1), state_dir=state) as engine:
+    with (
+        tempfile.TemporaryDirectory() as state,
+        graphopt.Engine(graph, graphopt.EngineSettings(intra_op=1), state_dir=state) as engine,
+    ):
         row = storm(engine, options.deltas, options.clients, plans)
     report("swap_storm", [row])
 
 
-def storm(engine: graphopt.Engine, n_deltas: int, n_clients: int, plans: "weakref.WeakSet[Plan]") -> dict[str, float]:
+def storm(
+    engine: graphopt.Engine, n_deltas: int, n_clients: int, plans: "weakref.WeakSet[Plan]"
+) -> dict[str, float]:
     """Expectations, an undisturbed spell, the storm."""
     node = next(id for id, n in engine.graph.nodes.items() if n.op == "aten.mul.Tensor")
     inputs = {engine.graph.inputs[0][0]: torch.randn(8, 256)}
@@ -79,7 +87,9 @@ def storm(engine: graphopt.Engine, n_deltas: int, n_clients: int, plans: "weakre
         engine.apply(_delta(node, variant))
         expected[variant] = engine.run(inputs).outputs[name].clone()
     variant_of = {engine.revision: VARIANTS - 1}
-    quiet = _spell(engine, inputs, name, expected, variant_of, n_clients, lambda: time.sleep(UNDISTURBED_S))
+    quiet = _spell(
+        engine, inputs, name, expected, variant_of, n_clients, lambda: time.sleep(UNDISTURBED_S)
+    )
     publishes: list[float] = []
     swaps: list[tuple[float, float]] = []
     rss: list[int] = []
@@ -102,17 +112,28 @@ def storm(engine: graphopt.Engine, n_deltas: int, n_clients: int, plans: "weakre
     engine.settle(60)
     gc.collect()
     overlapped = _overlapping(stormy, swaps)
-    calm = [end - start for tally in quiet for start, end in zip(tally.starts, tally.ends, strict=True)]
+    calm = [
+        end - start for tally in quiet for start, end in zip(tally.starts, tally.ends, strict=True)
+    ]
     return {
-        "deltas": n_deltas, "answers": sum(len(t.ends) for t in stormy), "failed": sum(t.failed for t in stormy),
-        "wrong": sum(t.wrong for t in stormy), "bitwise": sum(t.bitwise for t in stormy), "within_tolerance": sum(t.within for t in stormy),
-        "calm_p50_ms": statistics.median(calm) * 1e3, "calm_p99_ms": percentile(calm, 0.99) * 1e3,
-        "overlap_p50_ms": statistics.median(overlapped) * 1e3, "overlap_p99_ms": percentile(overlapped, 0.99) * 1e3,
-        "publish_p50_us": statistics.median(publishes) * 1e6, "publish_p99_us": percentile(publishes, 0.99) * 1e6,
+        "deltas": n_deltas,
+        "answers": sum(len(t.ends) for t in stormy),
+        "failed": sum(t.failed for t in stormy),
+        "wrong": sum(t.wrong for t in stormy),
+        "bitwise": sum(t.bitwise for t in stormy),
+        "within_tolerance": sum(t.within for t in stormy),
+        "calm_p50_ms": statistics.median(calm) * 1e3,
+        "calm_p99_ms": percentile(calm, 0.99) * 1e3,
+        "overlap_p50_ms": statistics.median(overlapped) * 1e3,
+        "overlap_p99_ms": percentile(overlapped, 0.99) * 1e3,
+        "publish_p50_us": statistics.median(publishes) * 1e6,
+        "publish_p99_us": percentile(publishes, 0.99) * 1e6,
         "publish_max_us": max(publishes) * 1e6,
         "live_p50_ms": statistics.median(e - s for s, e in swaps) * 1e3,
-        "rss_growth_mb": (rss[-1] - rss[len(rss) // 10]) / 1e6, "plans_alive_max": live_max, "plans_alive_after": len(plans),
-    }  # fmt: skip
+        "rss_growth_mb": (rss[-1] - rss[len(rss) // 10]) / 1e6,
+        "plans_alive_max": live_max,
+        "plans_alive_after": len(plans),
+    }
 
 
 def _delta(node: str, variant: int) -> graphopt.Delta:
@@ -123,7 +144,10 @@ def _spell(engine, inputs, name, expected, variant_of, n_clients, work) -> list[
     stop = threading.Event()
     tallies = [Tally() for _ in range(n_clients)]
     clients = [
-        threading.Thread(target=_client, args=(engine, inputs, name, expected, variant_of, stop, tally)) for tally in tallies
+        threading.Thread(
+            target=_client, args=(engine, inputs, name, expected, variant_of, stop, tally)
+        )
+        for tally in tallies
     ]
     for client in clients:
         client.start()

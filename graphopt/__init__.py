@@ -5,7 +5,8 @@
         y = engine(x)
         engine.apply("examples/attach_adapter.yaml")
 
-Names are loaded when they are first used: `graphoptctl` needs the errors and not torch, and answers in a tenth of the time.
+Names are loaded when they are first used: `graphoptctl` needs the errors and not torch, and answers
+in a tenth of the time.
 """
 
 from importlib import import_module
@@ -51,29 +52,50 @@ if TYPE_CHECKING:
 _HOMES = {
     "graphopt.bundle": {"load": "load_bundle", "save": "save_bundle"},
     "graphopt.delta": (
-        "AddInput", "AddNode", "Delta", "DropConstant", "DropInput", "PutConstant", "RemoveNode", "Rewire", "SetAttr", "SetOutputs",
-        "apply", "compose", "invert",
+        "AddInput",
+        "AddNode",
+        "Delta",
+        "DropConstant",
+        "DropInput",
+        "PutConstant",
+        "RemoveNode",
+        "Rewire",
+        "SetAttr",
+        "SetOutputs",
+        "apply",
+        "compose",
+        "invert",
     ),
     "graphopt.engine": ("Applied", "DryRun", "Engine", "EngineSettings", "Host", "Result"),
     "graphopt.errors": ("GraphoptError",),
     "graphopt.frontend.torch_export": ("from_torch",),
     "graphopt.graph": ("Const", "Graph", "Node", "Ref"),
     "graphopt.macros": (
-        "AttachAdapter", "Bypass", "DetachAdapter", "InsertAfter", "LoadWeights", "ReplaceRegion", "SetShapeProfile", "SwapHead",
+        "AttachAdapter",
+        "Bypass",
+        "DetachAdapter",
+        "InsertAfter",
+        "LoadWeights",
+        "ReplaceRegion",
+        "SetShapeProfile",
+        "SwapHead",
     ),
     "graphopt.text": ("print_graph",),
     "graphopt.text_parser": {"parse": "parse_graph"},
-}  # fmt: skip
+}
 _WHERE = {
     name: (module, names[name] if isinstance(names, dict) else name)
-    for module, names in _HOMES.items() for name in names
-}  # fmt: skip
+    for module, names in _HOMES.items()
+    for name in names
+}
 
-__all__ = [  # noqa: PLE0604 - the names above, spelled for type checkers and readers
-    "AddInput", "AddNode", "Applied", "AttachAdapter", "Bypass", "Const", "Delta", "DetachAdapter", "DropConstant", "DropInput",
-    "DryRun", "Engine", "EngineSettings", "Graph", "GraphoptError", "Host", "InsertAfter", "LoadWeights", "Node", "PutConstant", "Ref",
-    "RemoveNode", "ReplaceRegion", "Result", "Rewire", "SetAttr", "SetOutputs", "SetShapeProfile", "SwapHead", "apply", "compose",
-    "from_torch", "invert", "load", "parse", "print_graph", "save",
+__all__ = [
+    "AddInput", "AddNode", "Applied", "AttachAdapter", "Bypass", "Const", "Delta",
+    "DetachAdapter", "DropConstant", "DropInput", "DryRun", "Engine", "EngineSettings", "Graph",
+    "GraphoptError", "Host", "InsertAfter", "LoadWeights", "Node", "PutConstant", "Ref",
+    "RemoveNode", "ReplaceRegion", "Result", "Rewire", "SetAttr", "SetOutputs",
+    "SetShapeProfile", "SwapHead", "apply", "compose", "from_torch", "invert", "load", "parse",
+    "print_graph", "save",
 ]  # fmt: skip
 
 

@@ -16,9 +16,12 @@ SHORT_DTYPES: dict[torch.dtype, str] = {dtype: short for short, dtype in TORCH_D
 def constant_of(
     tensor: torch.Tensor, *, is_param: bool = False, digest: str | None = None
 ) -> Constant:
-    """The constant that holds `tensor`, made contiguous and cut loose from autograd; shares memory where it can.
+    """The constant that holds `tensor`, made contiguous and cut loose from autograd.
 
-    `digest` spares the hashing when the caller has it already. The tensor must not be written to afterwards.
+    Shares memory where it can.
+
+    `digest` spares the hashing when the caller has it already. The tensor must not be written to
+    afterwards.
     """
     data = tensor.detach().contiguous()
     type_ = TensorType(SHORT_DTYPES[data.dtype], tuple(data.shape))

@@ -5,8 +5,9 @@
       - add_node: {id: gate, op: aten.sigmoid.default, args: [$pooler]}
       - rewire: {from: $pooler, to: $gate, users: [classifier]}
 
-Values are `$node` or `$node:1`, constants `{const: NAME}`; a literal string that begins with `$` is written `$$...`. Numbers that documents
-cannot carry are the strings `inf`, `-inf` and `nan`. Files are named relative to the document; whoever decodes says how a name is opened.
+Values are `$node` or `$node:1`, constants `{const: NAME}`; a literal string that begins with `$` is
+written `$$...`. Numbers that documents cannot carry are the strings `inf`, `-inf` and `nan`. Files
+are named relative to the document; whoever decodes says how a name is opened.
 """
 
 import math
@@ -18,7 +19,18 @@ import torch
 from graphopt import macros
 from graphopt.constants import TORCH_DTYPES
 from graphopt.delta import (
-    AddInput, AddNode, Delta, DropConstant, DropInput, Edit, Primitive, PutConstant, RemoveNode, Rewire, SetAttr, SetOutputs,
+    AddInput,
+    AddNode,
+    Delta,
+    DropConstant,
+    DropInput,
+    Edit,
+    Primitive,
+    PutConstant,
+    RemoveNode,
+    Rewire,
+    SetAttr,
+    SetOutputs,
 )  # fmt: skip
 from graphopt.documents import Document, Reader
 from graphopt.errors import DocumentError
@@ -59,7 +71,10 @@ class NoResources:
 
 
 def decode_delta(document: Document, resources: Resources | None = None) -> Delta:
-    """The delta a document says. Raises DocumentError with every fault, and what opening its files raises."""
+    """The delta a document says.
+
+    Raises DocumentError with every fault, and what opening its files raises.
+    """
     reader = Reader(document)
     decoder = _Decoder(resources or NoResources())
     reader.field("delta").integer(low=FORMAT, high=FORMAT)
@@ -79,7 +94,10 @@ def decode_delta(document: Document, resources: Resources | None = None) -> Delt
 
 
 def encode_delta(delta: Delta) -> dict[str, Any]:
-    """A primitive delta as a JSON-able document; constants are named by content hash. `decode_delta` reads it back."""
+    """A primitive delta as a JSON-able document; constants are named by content hash.
+
+    `decode_delta` reads it back.
+    """
     document: dict[str, Any] = {"delta": FORMAT}
     for name in ("graph", "if_revision", "id"):
         if getattr(delta, name) is not None:
@@ -315,7 +333,9 @@ DECODERS: dict[str, Callable[[_Decoder, Reader], Edit | None]] = {
     "add_node": _add_node,
     "remove_node": lambda d, r: RemoveNode(r.field("id").string()),
     "rewire": _rewire,
-    "set_attr": lambda d, r: SetAttr(r.field("node").string(), r.field("name").string(), d.value(r.field("value"))),
+    "set_attr": lambda d, r: SetAttr(
+        r.field("node").string(), r.field("name").string(), d.value(r.field("value"))
+    ),
     "put_constant": _put_constant,
     "drop_constant": lambda d, r: DropConstant(r.field("name").string()),
     "add_input": _add_input,
@@ -329,7 +349,7 @@ DECODERS: dict[str, Callable[[_Decoder, Reader], Edit | None]] = {
     "insert_after": _insert_after,
     "replace_region": _replace_region,
     "set_shape_profile": _shape_profile,
-}  # fmt: skip
+}
 
 
 def _optional(reader: Reader, name: str, read: Callable[[Reader], Any]) -> Any:

@@ -25,8 +25,9 @@ DeltaLike = Delta | Mapping[str, Any] | str | os.PathLike[str]
 class Engine:
     """A live graph: call it like the module it came from, edit it while it runs.
 
-    `graph` None takes up what `state_dir` holds. With both, a state folder that has the model already wins: its deltas are not lost by
-    starting the same program again. A context manager. Raises StateError subclasses and TypeMismatchError.
+    `graph` None takes up what `state_dir` holds. With both, a state folder that has the model
+    already wins: its deltas are not lost by starting the same program again. A context manager.
+    Raises StateError subclasses and TypeMismatchError.
     """
 
     def __init__(
@@ -57,7 +58,9 @@ class Engine:
             raise
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the model in this thread, with the calling convention of the module it was imported from."""
+        """Runs the model in this thread, with the calling convention of the module it was imported
+        from.
+        """
         graph, signature = self._signature
         if graph is not self.model.graph or signature is None:
             signature = signature_of(self.model.graph)
@@ -69,7 +72,10 @@ class Engine:
         return self.model.run(inputs)
 
     def apply(self, delta: DeltaLike) -> Applied:
-        """Applies a delta: a `Delta`, a mapping, or the path of a YAML or JSON file. Live when it returns."""
+        """Applies a delta: a `Delta`, a mapping, or the path of a YAML or JSON file.
+
+        Live when it returns.
+        """
         return self.model.apply(read_delta(delta))
 
     def dry_run(self, delta: DeltaLike) -> DryRun:
@@ -119,7 +125,10 @@ class Engine:
 
 
 def read_delta(delta: DeltaLike) -> Delta:
-    """The delta that `delta` is or names; files it names are looked for beside it. Raises DocumentError."""
+    """The delta that `delta` is or names; files it names are looked for beside it.
+
+    Raises DocumentError.
+    """
     if isinstance(delta, Delta):
         return delta
     if isinstance(delta, Mapping):

@@ -23,7 +23,10 @@ class BlockLine:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """The plan of one revision. Predicted and measured costs are absent until a cost model supplies them."""
+    """The plan of one revision.
+
+    Predicted and measured costs are absent until a cost model supplies them.
+    """
 
     model: str
     revision: int

@@ -1,4 +1,6 @@
-"""Files that a delta names, for a process that may open them itself: the library and its caller are one user."""
+"""Files that a delta names, for a process that may open them itself: the library and its caller are
+one user.
+"""
 
 import os
 from collections.abc import Mapping

@@ -1,4 +1,6 @@
-"""All live models of one process: they share threads, compiled blocks, verified candidates and the state folder."""
+"""All live models of one process: they share threads, compiled blocks, verified candidates and the
+state folder.
+"""
 
 import threading
 import time
@@ -28,7 +30,8 @@ SYSTEM_CLOCKS = Clocks(time.perf_counter, time.time)
 class Host:
     """The models of one process, by name.
 
-    With `state_dir`, what was acknowledged before is live again when the constructor returns. Raises StateError subclasses.
+    With `state_dir`, what was acknowledged before is live again when the constructor returns.
+    Raises StateError subclasses.
     """
 
     def __init__(
@@ -62,7 +65,10 @@ class Host:
     # -- models
 
     def load(self, graph: Graph, name: str | None = None) -> LiveModel:
-        """Makes `graph` live as `name` (its own by default); journaled. ModelExistsError when the name is taken."""
+        """Makes `graph` live as `name` (its own by default); journaled.
+
+        ModelExistsError when the name is taken.
+        """
         name = name or graph.name
         _check_name(name)
         with self._changing:
@@ -84,7 +90,10 @@ class Host:
         self.settings.events("model.unloaded", {"graph": name, "revision": model.revision})
 
     def fork(self, name: str, new: str) -> LiveModel:
-        """A second live model under the name `new`, equal to `name` now; they share constants and compiled steps."""
+        """A second live model under the name `new`, equal to `name` now.
+
+        They share constants and compiled steps.
+        """
         _check_name(new)
         with self._changing:
             self._check_free(new)
@@ -172,9 +181,15 @@ class Host:
         self._background.submit(f"tend {model.name}", lambda: self._tend(model))
 
     def _tend(self, model: LiveModel) -> None:
-        """Housekeeping after a change, off the live path: old plans let go, a snapshot when one is due."""
+        """Housekeeping after a change, off the live path: old plans let go, a snapshot when one is
+        due.
+        """
         model.slot.reap()
-        used = {(step.key, step.weights) for other in self.models().values() for step in other.slot.plan.steps}
+        used = {
+            (step.key, step.weights)
+            for other in self.models().values()
+            for step in other.slot.plan.steps
+        }
         self._shelf.trim(used.__contains__)
         if self._journal is not None and model.name in self._models:
             if self._journal.is_snapshot_due(model.name):

@@ -12,7 +12,10 @@ CHUNK_BYTES = 1 << 20
 
 
 def delta_digest(delta: Delta) -> str:
-    """The SHA-256 of a delta's edits and flags: constants by content, files by their bytes. Where it came from does not count."""
+    """The SHA-256 of a delta's edits and flags: constants by content, files by their bytes.
+
+    Where it came from does not count.
+    """
     hasher = sha256()
     _feed(hasher, (delta.graph, delta.allow_interface_change, delta.edits))
     return hasher.hexdigest()

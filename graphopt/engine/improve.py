@@ -1,7 +1,9 @@
-"""The better path of this tier: prepares `fused` steps in the background, proves them, publishes them.
+"""The better path of this tier: prepares `fused` steps in the background, proves them, publishes
+them.
 
-Blocks keep running `eager` until their candidate is verified on inputs of the model's own (the last request's, or made up before the first).
-A candidate that fails is refused with its evidence and not tried again for this region and these weights.
+Blocks keep running `eager` until their candidate is verified on inputs of the model's own (the last
+request's, or made up before the first). A candidate that fails is refused with its evidence and not
+tried again for this region and these weights.
 """
 
 from collections.abc import Iterator, Mapping
@@ -34,11 +36,14 @@ class Improver:
         self._refused: dict[Key, str] = {}
 
     def why_not(self, facts: Facts, block: str) -> str:
-        """Why `block` runs eager: not tried yet, or the reason its candidate was declined or refused."""
+        """Why `block` runs eager: not tried yet, or the reason its candidate was declined or
+        refused.
+        """
         return self._refused.get(_key(facts, run_of(facts, block)), "not prepared yet")
 
     def improve(self, model: LiveModel) -> None:
-        """Prepares and verifies a candidate for every run that has none, then publishes them together.
+        """Prepares and verifies a candidate for every run that has none, then publishes them
+        together.
 
         Gives up as soon as a delta makes another revision: that revision's own job follows.
         """
@@ -76,7 +81,9 @@ class Improver:
             return
         constants = run_region(facts, step.blocks).consts
         size = sum(facts.graph.constants[name].tensor.nbytes for name in constants)
-        self._shelf.put((step.key, step.weights), Candidate(step.tier, step.function, step.constants, size))
+        self._shelf.put(
+            (step.key, step.weights), Candidate(step.tier, step.function, step.constants, size)
+        )
         model.settings.events("plan.verified", fields)
 
     def _refuse(self, key: Key, reason: str) -> None:
@@ -100,7 +107,8 @@ def _samples(
 ) -> Iterator[tuple[Step, Sample]]:
     """Each candidate with the values that cross into it in one request, in the order of the plan.
 
-    The request runs on the published plan, whose steps are proven, no further than the last candidate.
+    The request runs on the published plan, whose steps are proven, no further than the last
+    candidate.
     """
     env, symbols = _bind(model, plan, facts)
     left = len(candidates)

@@ -7,7 +7,9 @@ from graphopt.types import TensorType, ValueType
 
 
 def interface_of(facts: Facts) -> dict[str, tuple[str, str, tuple[object, ...]]]:
-    """For each `input:NAME` and `output:NAME`: position, dtype and fixed shape, with dynamic dims as `None`."""
+    """For each `input:NAME` and `output:NAME`: position, dtype and fixed shape, with dynamic dims
+    as `None`.
+    """
     graph = facts.graph
     found = {}
     for position, (name, type_) in enumerate(graph.inputs):
@@ -18,7 +20,9 @@ def interface_of(facts: Facts) -> dict[str, tuple[str, str, tuple[object, ...]]]
 
 
 def check_interface(old: Facts, new: Facts) -> None:
-    """InterfaceChangeError listing every input and output whose name, place, dtype, rank or fixed dim differs."""
+    """InterfaceChangeError listing every input and output whose name, place, dtype, rank or fixed
+    dim differs.
+    """
     before, after = interface_of(old), interface_of(new)
     faults = [
         (name, f"{_show(before.get(name))} would become {_show(after.get(name))}")
@@ -52,7 +56,9 @@ def _show(outline: tuple[str, str, tuple[object, ...]] | None) -> str:
 
 
 def check_outputs(facts: Facts) -> None:
-    """InterfaceChangeError when an output is not a tensor or there is none: such a model answers nothing."""
+    """InterfaceChangeError when an output is not a tensor or there is none: such a model answers
+    nothing.
+    """
     graph: Graph = facts.graph
     for name, ref in graph.outputs:
         if not isinstance(facts.type_of(ref), TensorType):

@@ -1,8 +1,9 @@
 """How deltas become durable: the engine's side of the journal.
 
-A body is a canonical JSON document; tensors lie beside it in safetensors blobs keyed by content hash. A base (`load`, `fork`, `snapshot`) is the
-graph's text in one blob and the tensor blobs its constants lie in, so that a snapshot of an unchanged gigabyte costs one text. Without a state
-folder the ledger remembers delta ids and nothing else.
+A body is a canonical JSON document; tensors lie beside it in safetensors blobs keyed by content
+hash. A base (`load`, `fork`, `snapshot`) is the graph's text in one blob and the tensor blobs its
+constants lie in, so that a snapshot of an unchanged gigabyte costs one text. Without a state folder
+the ledger remembers delta ids and nothing else.
 """
 
 import json
@@ -43,13 +44,14 @@ from graphopt.store import (
 from graphopt.text import print_graph
 from graphopt.text_parser import parse_graph
 
-
 HISTORY_LINES_MAX = 1_000  # lines of `history` kept in memory; the journal has them all
 
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
-    """A model as the journal has it: the graphs of its last revisions, the current one last, and its history."""
+    """A model as the journal has it: the graphs of its last revisions, the current one last, and
+    its history.
+    """
 
     graphs: "OrderedDict[int, Graph]"
     history: list[RevisionInfo]
@@ -146,14 +148,26 @@ class JournalLedger:
                 if digest not in blob_of
             }
             blob = self._put_tensors(new) if new else None
-            # Blobs of earlier rows whose constants this row puts again: compaction must not take them away.
+            # Blobs of earlier rows whose constants this row puts again: compaction must not take
+            # them away.
             named = frozenset(
                 {blob_of[d] for d in puts if d in blob_of} | ({blob} if blob else set())
             )
             try:
-                self.folder.journal.append([
-                    Entry(DELTA, model, revision, body, tuple(sorted(named)), applied.expansion.id, content_sha, answer)
-                ])  # fmt: skip
+                self.folder.journal.append(
+                    [
+                        Entry(
+                            DELTA,
+                            model,
+                            revision,
+                            body,
+                            tuple(sorted(named)),
+                            applied.expansion.id,
+                            content_sha,
+                            answer,
+                        )
+                    ]
+                )
             except GraphoptError:
                 self.folder.blobs.release([blob] if blob else [])
                 raise
@@ -164,7 +178,10 @@ class JournalLedger:
     def load(
         self, model: str, graph: Graph, revision: int, kind: str = LOAD, like: str | None = None
     ) -> None:
-        """Journals the whole graph as a base; what lies in blobs already (of `like`, for a fork) is named, not written again."""
+        """Journals the whole graph as a base.
+
+        What lies in blobs already (of `like`, for a fork) is named, not written again.
+        """
         with self._lock:
             known = dict(self._blob_of.get(like or model, {}))
             wanted = {constant.digest: constant.tensor for constant in graph.constants.values()}
@@ -200,7 +217,10 @@ class JournalLedger:
         return self.folder.journal.status().rows_since_base.get(model, 0) >= SNAPSHOT_DUE_ROWS
 
     def snapshot(self, model: str, graph: Graph, revision: int) -> None:
-        """Journals the graph at `revision` as a base, then compacts. Off the live path; a delta waits while rows are dropped."""
+        """Journals the graph at `revision` as a base, then compacts.
+
+        Off the live path; a delta waits while rows are dropped.
+        """
         with self._lock:
             self.load(model, graph, revision, SNAPSHOT)
             self.folder.compact()
@@ -211,7 +231,10 @@ class JournalLedger:
             self.folder.journal.checkpoint()
 
     def recover(self) -> dict[str, "Recovered"]:
-        """Every loaded model as acknowledged. StateCorruptError when content is not what was written."""
+        """Every loaded model as acknowledged.
+
+        StateCorruptError when content is not what was written.
+        """
         return {
             name: self._recover(name, lineage)
             for name, lineage in self.folder.journal.lineages().items()
@@ -263,9 +286,11 @@ class JournalLedger:
 
     def _put_tensors(self, tensors: Mapping[str, torch.Tensor]) -> str:
         content = {
-            f"c128:{digest}" if t.dtype is torch.complex128 else digest: torch.view_as_real(t) if t.dtype is torch.complex128 else t
+            f"c128:{digest}" if t.dtype is torch.complex128 else digest: torch.view_as_real(t)
+            if t.dtype is torch.complex128
+            else t
             for digest, t in tensors.items()
-        }  # fmt: skip
+        }
         with tempfile.TemporaryFile(dir=self.folder.path) as file:
             size = write_tensors(file.fileno(), content)
             os.lseek(file.fileno(), 0, os.SEEK_SET)

@@ -1,7 +1,8 @@
 """One live model: its revisions, its published plan, and the one way from one to the next.
 
-`apply` is the live path (DESIGN section 4): validate, apply, infer the affected cone, plan the affected blocks with what needs no build,
-journal, publish, answer. Anything that raises leaves the model as it was. One writer at a time; requests never wait for it.
+`apply` is the live path (DESIGN section 4): validate, apply, infer the affected cone, plan the
+affected blocks with what needs no build, journal, publish, answer. Anything that raises leaves the
+model as it was. One writer at a time; requests never wait for it.
 """
 
 import json
@@ -73,7 +74,10 @@ class LiveModel:
     # -- serving
 
     def run(self, inputs: Mapping[str, torch.Tensor]) -> Result:
-        """Runs one request in this thread on the published plan. RequestError when the inputs do not fit."""
+        """Runs one request in this thread on the published plan.
+
+        RequestError when the inputs do not fit.
+        """
         outputs, plan = self.slot.run(inputs)
         self.recent_inputs = inputs
         return Result(outputs, plan.revision, plan.id)
@@ -91,7 +95,10 @@ class LiveModel:
     # -- editing
 
     def apply(self, delta: Delta, kind: str = "delta", summary: str = "") -> Applied:
-        """Makes the next revision; live when it returns. Raises DeltaError subclasses, and then nothing has changed."""
+        """Makes the next revision; live when it returns.
+
+        Raises DeltaError subclasses, and then nothing has changed.
+        """
         start_s = self._clocks.monotonic_s()
         with self._writing:
             known = self._find_repeat(delta)
@@ -100,9 +107,16 @@ class LiveModel:
             try:
                 return self._apply(delta, kind, summary, start_s)
             except GraphoptError as error:
-                self.settings.events("delta.rejected", {
-                    "graph": self.name, "revision": self.revision, "delta": delta.id, "code": error.code, "message": str(error),
-                })  # fmt: skip
+                self.settings.events(
+                    "delta.rejected",
+                    {
+                        "graph": self.name,
+                        "revision": self.revision,
+                        "delta": delta.id,
+                        "code": error.code,
+                        "message": str(error),
+                    },
+                )
                 raise
 
     def dry_run(self, delta: Delta) -> DryRun:
@@ -117,13 +131,20 @@ class LiveModel:
             if name in graph.constants
         }
         return DryRun(
-            self.revision, tuple(sorted(applied.change.nodes | applied.change.removed)), len(new.reran.get("type", ())),
-            tuple(sorted(_replanned(new))), len(new.facts.regions) - len(_replanned(new)),
-            sum(c.tensor.nbytes for c in staged.values() if c.digest not in have), changes_interface(facts, new.facts),
-        )  # fmt: skip
+            self.revision,
+            tuple(sorted(applied.change.nodes | applied.change.removed)),
+            len(new.reran.get("type", ())),
+            tuple(sorted(_replanned(new))),
+            len(new.facts.regions) - len(_replanned(new)),
+            sum(c.tensor.nbytes for c in staged.values() if c.digest not in have),
+            changes_interface(facts, new.facts),
+        )
 
     def rollback(self, revision: int) -> Applied:
-        """A new revision whose graph equals that of `revision`. PreconditionError when it is not kept any more."""
+        """A new revision whose graph equals that of `revision`.
+
+        PreconditionError when it is not kept any more.
+        """
         with self._writing:
             target = self.graph_at(revision)
             delta = difference(self.graph, target)
@@ -155,7 +176,9 @@ class LiveModel:
     # -- plans
 
     def live_step(self, facts: Facts, block: str) -> Step:
-        """The best step that can go live at once: verified for exactly this region and these weights, else eager."""
+        """The best step that can go live at once: verified for exactly this region and these
+        weights, else eager.
+        """
         run = run_of(facts, block)
         if run[0] == block:
             region = run_region(facts, run)
@@ -165,19 +188,29 @@ class LiveModel:
         return self._eager(facts, block)
 
     def publish_better(self, old: Plan, facts: Facts) -> bool:
-        """Publishes a plan that uses what the shelf now holds, in the place of `old`; False when the model has moved on.
+        """Publishes a plan that uses what the shelf now holds, in the place of `old`.
+
+        False when the model has moved on.
 
         The plan is made before the writer's lock is taken: deltas do not wait for it.
         """
         by_digest = {step.digest: step for step in old.steps}
-        plan = build_plan(facts, old.revision, lambda facts, block: _same(by_digest, self.live_step(facts, block)))
+        plan = build_plan(
+            facts, old.revision, lambda facts, block: _same(by_digest, self.live_step(facts, block))
+        )
         if plan.id == old.id:
             return True
         with self._writing:
             if self.slot.plan is not old:
                 return False
             self.slot.publish(plan)
-        fields = {"graph": self.name, "revision": plan.revision, "plan_id": plan.id, "from_plan_id": old.id, "tiers": plan.tiers()}
+        fields = {
+            "graph": self.name,
+            "revision": plan.revision,
+            "plan_id": plan.id,
+            "from_plan_id": old.id,
+            "tiers": plan.tiers(),
+        }
         self.settings.events("plan.published", fields)
         return True
 
@@ -223,9 +256,13 @@ class LiveModel:
         revision = self.revision + 1
         plan, replanned = replan(self.slot.plan, new, revision, self.live_step)
         answer = Applied(
-            revision, len(applied.change.nodes | applied.change.removed), len(new.reran.get("type", ())),
-            replanned, len(plan.steps) - replanned, 0.0,
-        )  # fmt: skip
+            revision,
+            len(applied.change.nodes | applied.change.removed),
+            len(new.reran.get("type", ())),
+            replanned,
+            len(new.facts.regions) - replanned,
+            0.0,
+        )
         digest = delta_digest(delta) if delta.id is not None else ""
         text = summary or _summary(delta)
         self.ledger.commit(
@@ -244,9 +281,17 @@ class LiveModel:
             answer.blocks_reused,
             live_s,
         )
-        self.settings.events("delta.applied", {
-            "graph": self.name, "delta": delta.id, "kind": kind, "summary": text, "plan": plan.id, **asdict(done),
-        })  # fmt: skip
+        self.settings.events(
+            "delta.applied",
+            {
+                "graph": self.name,
+                "delta": delta.id,
+                "kind": kind,
+                "summary": text,
+                "plan": plan.id,
+                **asdict(done),
+            },
+        )
         self._improve(self)
         return done
 

@@ -27,8 +27,10 @@ class EngineSettings:
         threads: executor threads; requests submitted beyond that wait.
         intra_op: torch threads of each executor thread.
         improve: whether the background thread prepares `fused` steps.
-        verify: whether every update of the facts is checked against a computation from scratch. Costs seconds on a large graph.
-        events: receives every event name with its fields; called from engine threads, must be quick.
+        verify: whether every update of the facts is checked against a computation from scratch.
+            Costs seconds on a large graph.
+        events: receives every event name with its fields; called from engine threads, must be
+            quick.
     """
 
     threads: int = 1
@@ -57,7 +59,8 @@ class Applied:
         inferred_nodes: nodes whose type was computed again.
         blocks_replanned: blocks that got a new step.
         blocks_reused: blocks whose step is the same object as before.
-        live_s: seconds from the call to the store that published the new plan, journal commit included.
+        live_s: seconds from the call to the store that published the new plan, journal commit
+            included.
     """
 
     revision: int
@@ -70,7 +73,10 @@ class Applied:
 
 @dataclass(frozen=True, slots=True)
 class DryRun:
-    """What a delta would do. `nodes` and `blocks` are ids; `staged_bytes` counts constants that are not there yet."""
+    """What a delta would do.
+
+    `nodes` and `blocks` are ids; `staged_bytes` counts constants that are not there yet.
+    """
 
     revision: int
     nodes: tuple[str, ...]
@@ -83,7 +89,10 @@ class DryRun:
 
 @dataclass(frozen=True, slots=True)
 class RevisionInfo:
-    """One line of a model's history. `wall_s` is seconds since the epoch, for people; order is by revision."""
+    """One line of a model's history.
+
+    `wall_s` is seconds since the epoch, for people; order is by revision.
+    """
 
     revision: int
     kind: str

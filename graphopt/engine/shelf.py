@@ -1,7 +1,8 @@
 """Verified candidates at hand, by exactly what they were verified for.
 
-A step may go live at once only when its candidate was verified for this region and these weights (law 6). The shelf keeps such candidates after
-their plan is gone, so that undoing a delta finds what ran before it.
+A step may go live at once only when its candidate was verified for this region and these weights
+(law 6). The shelf keeps such candidates after their plan is gone, so that undoing a delta finds
+what ran before it.
 """
 
 import threading

@@ -57,10 +57,20 @@ def bind_run(
     """The step of a run of blocks, whose region is `region` (see `graphopt.executor.runs`)."""
     weights = weight_key(facts.graph, region)
     return Step(
-        blocks[-1], tier, region.key, weights, step_digest(blocks[-1], tier, region.key, weights), function,
-        tuple(map(value_key, region.reads)), constants, region.symbols, tuple(map(value_key, region.exits)),
-        _frees(facts, blocks, region), region.order, blocks,
-    )  # fmt: skip
+        blocks[-1],
+        tier,
+        region.key,
+        weights,
+        step_digest(blocks[-1], tier, region.key, weights),
+        function,
+        tuple(map(value_key, region.reads)),
+        constants,
+        region.symbols,
+        tuple(map(value_key, region.exits)),
+        _frees(facts, blocks, region),
+        region.order,
+        blocks,
+    )
 
 
 def weight_key(graph: Graph, region: Region) -> str:
@@ -81,8 +91,8 @@ def build_plan(facts: Facts, revision: int, make: MakeStep) -> Plan:
 def replan(plan: Plan, update: Update, revision: int, make: MakeStep) -> tuple[Plan, int]:
     """The plan after a change, and how many of its blocks were planned anew.
 
-    Only steps of changed blocks are made; the others are the same objects. Work: the stretch from the first to the last changed block,
-    plus one copy of the row of steps.
+    Only steps of changed blocks are made; the others are the same objects. Work: the stretch from
+    the first to the last changed block, plus one copy of the row of steps.
     """
     facts, old = update.facts, plan.steps
     remade = update.regions_changed | update.weights_changed | update.released
@@ -105,7 +115,10 @@ def replan(plan: Plan, update: Update, revision: int, make: MakeStep) -> tuple[P
 
 
 def _stretch(graph: Graph, body: tuple[Step, ...], stale: Set[str]) -> tuple[int, int]:
-    """The row positions from the first to behind the last step whose block is in `stale`. O(stale * log(steps))."""
+    """The row positions from the first to behind the last step whose block is in `stale`.
+
+    O(stale * log(steps)).
+    """
 
     def key(step: Step) -> tuple[int, str]:
         return graph.order_key(step.block) if step.block != END else _BEHIND
@@ -123,7 +136,8 @@ def _walk(
 ) -> tuple[list[Step], int]:
     """The steps of the new graph's blocks between the kept rows before `first` and from `last` on.
 
-    Returns them and where the kept rows go on: behind `last` where a run that was made covers rows of it.
+    Returns them and where the kept rows go on: behind `last` where a run that was made covers rows
+    of it.
     """
     kept = {step.blocks[0]: step for step in body[first:last]}
     block = facts.blocks.next.get(body[first - 1].block if first else START)

@@ -1,7 +1,8 @@
 """Straight-line Python for one region.
 
-The source names nothing of the graph: operands are `x0, x1 …`, constants `w0 …`, symbols `s0 …`, results `v0 …`, in the canonical order of the
-region, so every region of one structure key shares one compiled function. A result is let go right after its last use.
+The source names nothing of the graph: operands are `x0, x1 …`, constants `w0 …`, symbols `s0 …`,
+results `v0 …`, in the canonical order of the region, so every region of one structure key shares
+one compiled function. A result is let go right after its last use.
 """
 
 from collections.abc import Callable
@@ -113,7 +114,10 @@ def eager_source(region: Region, facts: Facts) -> Source:
 
 
 def compile_source(text: str, names: dict[str, Any], label: str) -> Function:
-    """The function `block` of the generated text. Ours and bounded: one block, no names from outside."""
+    """The function `block` of the generated text.
+
+    Ours and bounded: one block, no names from outside.
+    """
     scope = dict(names)
     exec(compile(text, f"<{label}>", "exec"), scope)
     function: Function = scope["block"]

@@ -1,7 +1,8 @@
 """A plan: the published way to run one revision, an immutable value.
 
-A plan is a row of steps, one a block (and one for the context region, first). A step binds a compiled function to the tensors it works
-with; a plan for the next revision shares every step that did not change.
+A plan is a row of steps, one a block (and one for the context region, first). A step binds a
+compiled function to the tensors it works with; a plan for the next revision shares every step that
+did not change.
 """
 
 from collections.abc import Mapping
@@ -11,19 +12,20 @@ from typing import Any
 
 import torch
 
+from graphopt.constants import SHORT_DTYPES, TORCH_DTYPES
 from graphopt.dims import evaluate, symbols_of
 from graphopt.errors import RequestError, nearest
 from graphopt.graph import Graph, Ref, Symbol
 from graphopt.types import TensorType
-from graphopt.constants import SHORT_DTYPES, TORCH_DTYPES
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
     """One region on one backend: a block, or a run of blocks.
 
-    `function(*reads, *constants, *symbols)` returns one value for one entry in `writes`, a tuple for several. `reads` and `writes` are keys
-    of the request's environment; `frees` are the reads that nothing later needs.
+    `function(*reads, *constants, *symbols)` returns one value for one entry in `writes`, a tuple
+    for several. `reads` and `writes` are keys of the request's environment; `frees` are the reads
+    that nothing later needs.
     """
 
     block: str
@@ -51,7 +53,10 @@ class InputSpec:
 
 
 class Plan:
-    """The steps for one revision of one graph. `id` names revision and steps: equal ids compute the same function the same way."""
+    """The steps for one revision of one graph.
+
+    `id` names revision and steps: equal ids compute the same function the same way.
+    """
 
     __slots__ = (
         "__weakref__",
@@ -100,7 +105,10 @@ def step_digest(block: str, tier: str, key: str, weights: str) -> int:
 
 
 def run_plan(plan: Plan, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The outputs of `plan` by name. Raises RequestError when the inputs are not what the graph declares."""
+    """The outputs of `plan` by name.
+
+    Raises RequestError when the inputs are not what the graph declares.
+    """
     env, symbols = bind_inputs(plan, inputs)
     run_steps(plan.steps, env, symbols)
     return {name: env[key] for name, key in plan.outputs}

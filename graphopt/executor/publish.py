@@ -1,9 +1,13 @@
-"""One store publishes a plan; readers take no lock; what is replaced is let go when nobody can be running it.
+"""One store publishes a plan.
 
-A request notes the epoch, then loads the plan. The writer stores the new plan, then raises the epoch. So a request that noted epoch `e` can hold
-only plans that were current at `e` or later, and a plan replaced when the epoch became `e` is free once every running request has noted `e` or
-a later one (epoch-based reclamation, Fraser, "Practical lock-freedom", 2004). The references that running requests hold keep memory safe in
-any case; epochs decide *when* to drop, so that no request thread ever pays for tearing down a runtime.
+Readers take no lock; what is replaced is let go when nobody can be running it.
+
+A request notes the epoch, then loads the plan. The writer stores the new plan, then raises the
+epoch. So a request that noted epoch `e` can hold only plans that were current at `e` or later, and
+a plan replaced when the epoch became `e` is free once every running request has noted `e` or a
+later one (epoch-based reclamation, Fraser, "Practical lock-freedom", 2004). The references that
+running requests hold keep memory safe in any case; epochs decide *when* to drop, so that no request
+thread ever pays for tearing down a runtime.
 """
 
 import threading
@@ -46,7 +50,10 @@ class Slot:
         self._dropping: deque[Step] = deque()  # of plans that are gone, waiting for a quiet moment
 
     def run(self, inputs: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], Plan]:
-        """Runs the published plan in this thread; returns the outputs by name and the plan that made them."""
+        """Runs the published plan in this thread.
+
+        Returns the outputs by name and the plan that made them.
+        """
         try:
             reader: Reader = self._local.reader
         except AttributeError:
@@ -74,7 +81,8 @@ class Slot:
             if plan.revision != old.revision:
                 self.last_good = plan  # the live-path plan of a revision is its first good one
             self._retired.append((self.epoch, old))
-            if len(self._retired) > PLANS_RETIRED_MAX:  # the background is late; the writer pays instead
+            # The background is late; the writer pays instead
+            if len(self._retired) > PLANS_RETIRED_MAX:
                 oldest = min((reader.epoch for reader in self._readers), default=IDLE)
                 while self._retired and self._retired[0][0] <= oldest:
                     self._retired.popleft()
@@ -82,7 +90,8 @@ class Slot:
     def reap(self) -> int:
         """Drops the replaced plans that no running request can hold; returns how many are left.
 
-        Call it from a thread that serves no requests. What later plans do not share goes one step at
+        Call it from a thread that serves no requests. What later plans do not share goes one step
+        at
         a time while no request runs: tearing down a runtime can hold the GIL for milliseconds.
         """
         with self._lock:

@@ -1,7 +1,8 @@
 """The threads of the engine: a fixed set that runs requests, and one that works in the background.
 
-torch keeps an OpenMP team for each calling thread and a thread count that is the caller's own, so requests run on threads made once, each with
-its own intra-op count. The background thread runs jobs one at a time, latest first for each key: a job that a newer one replaced never runs.
+torch keeps an OpenMP team for each calling thread and a thread count that is the caller's own, so
+requests run on threads made once, each with its own intra-op count. The background thread runs jobs
+one at a time, latest first for each key: a job that a newer one replaced never runs.
 """
 
 import queue
@@ -17,7 +18,9 @@ Job = Callable[[], None]
 
 
 class ExecutorThreads:
-    """`count` threads that run calls in the order they were submitted, each with `intra_op` torch threads."""
+    """`count` threads that run calls in the order they were submitted, each with `intra_op` torch
+    threads.
+    """
 
     def __init__(self, count: int, intra_op: int) -> None:
         self.count = count
@@ -33,7 +36,10 @@ class ExecutorThreads:
             thread.start()
 
     def submit(self, call: Callable[[], T]) -> "Future[T]":
-        """Queues `call`; bounding the queue is the caller's part, who knows what to answer when it is full."""
+        """Queues `call`.
+
+        Bounding the queue is the caller's part, who knows what to answer when it is full.
+        """
         future: Future[T] = Future()
         self._calls.put((future, call))
         return future

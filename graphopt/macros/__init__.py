@@ -1,4 +1,6 @@
-"""Everyday edits: each expands into primitive edits against the graph it meets, and is journaled as those."""
+"""Everyday edits: each expands into primitive edits against the graph it meets, and is journaled as
+those.
+"""
 
 from graphopt.macros.adapters import AttachAdapter, DetachAdapter
 from graphopt.macros.structure import Bypass, InsertAfter, ReplaceRegion, SetShapeProfile

@@ -1,14 +1,17 @@
 """Attaching and detaching LoRA adapters.
 
-An adapter goes live unfolded: for a layer y = x W' + b it adds, under ids that name layer and adapter,
+An adapter goes live unfolded: for a layer y = x W' + b it adds, under ids that name layer and
+adapter,
 
     LAYER/adapter.NAME.a   = x A'            [.., r]
     LAYER/adapter.NAME.b   = a B'            [.., out]
     LAYER/adapter.NAME.out = y + scale * b
 
-and the layer's users read `out`. A second adapter stacks on the first; `out` of either can be taken away again, so adapters come and go in any
-order, and what is left is the graph as if the detached one had never been there. Base constants are never altered: saved modules and biases
-come as constants of their own, `adapters/NAME/saved/ORIGINAL`, and detaching points the layer back at ORIGINAL.
+and the layer's users read `out`. A second adapter stacks on the first; `out` of either can be taken
+away again, so adapters come and go in any order, and what is left is the graph as if the detached
+one had never been there. Base constants are never altered: saved modules and biases come as
+constants of their own, `adapters/NAME/saved/ORIGINAL`, and detaching points the layer back at
+ORIGINAL.
 """
 
 import os
@@ -64,7 +67,9 @@ class AttachAdapter:
             object.__setattr__(self, attribute, value)
 
     def expand(self, draft: Draft) -> Iterator[Primitive]:
-        """Three nodes and two constants for each adapted layer, and one constant for each saved tensor."""
+        """Three nodes and two constants for each adapted layer, and one constant for each saved
+        tensor.
+        """
         if not _NAME.fullmatch(self.name):
             raise AdapterError(
                 f"{self.name!r} is no adapter name",
@@ -205,7 +210,9 @@ def _unbranch(draft: Draft, stem: str) -> Iterator[Primitive]:
 
 
 def _top(draft: Draft, id: str) -> str:
-    """The node that stands for layer `id` to its users: itself, or the `out` of the adapter stacked last."""
+    """The node that stands for layer `id` to its users: itself, or the `out` of the adapter stacked
+    last.
+    """
     prefix = f"{id}/adapter."
     top = id
     while True:

@@ -54,8 +54,9 @@ class Bypass:
             found = ", ".join(sorted(map(str, leaving))) or "none"
             raise DeltaError(
                 f"{self.node} hands out {len(leaving)} values ({found}), a bypass needs exactly one",
-                where=self.node, remedy="rewire them one by one",
-            )  # fmt: skip
+                where=self.node,
+                remedy="rewire them one by one",
+            )
         out = leaving.pop()
         wanted = draft.type_of(out)
         entering = [

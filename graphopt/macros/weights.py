@@ -18,7 +18,10 @@ FAULTS_SHOWN_MAX = 20  # names listed by one error; a whole model's would fill t
 
 @dataclass(frozen=True, slots=True)
 class LoadWeights:
-    """Constants get the values of the tensors of the same name. `strict`: the names must be exactly the model's parameters."""
+    """Constants get the values of the tensors of the same name.
+
+    `strict`: the names must be exactly the model's parameters.
+    """
 
     files: Mapping[str, Source]
     strict: bool = True
@@ -67,7 +70,10 @@ class SwapHead:
     files: Mapping[str, Source]
 
     def expand(self, draft: Draft) -> Iterator[Primitive]:
-        """Puts the new constants; a weight that others use as well is left alone and a new one made."""
+        """Puts the new constants.
+
+        A weight that others use as well is left alone and a new one made.
+        """
         node = draft.get_node(self.node)
         if node.op != "aten.linear.default":
             raise TypeMismatchError(
@@ -108,7 +114,10 @@ class SwapHead:
 
 
 def read_weight_files(files: Mapping[str, Source]) -> dict[str, torch.Tensor]:
-    """The tensors of all safetensors files among `files`. DeltaError when there is none; BundleError for a damaged one."""
+    """The tensors of all safetensors files among `files`.
+
+    DeltaError when there is none; BundleError for a damaged one.
+    """
     tensors: dict[str, torch.Tensor] = {}
     for name, source in sorted(files.items()):
         if name.endswith(".safetensors"):

@@ -11,8 +11,22 @@ import torch
 
 import graphopt
 from graphopt.errors import (
-    AdapterError, CycleError, DeltaError, DocumentError, DuplicateDeltaError, DuplicateNodeError, GraphoptError, InterfaceChangeError,
-    LimitError, NodeInUseError, PreconditionError, RequestError, StateError, TypeMismatchError, UnknownConstantError, UnknownNodeError,
+    AdapterError,
+    CycleError,
+    DeltaError,
+    DocumentError,
+    DuplicateDeltaError,
+    DuplicateNodeError,
+    GraphoptError,
+    InterfaceChangeError,
+    LimitError,
+    NodeInUseError,
+    PreconditionError,
+    RequestError,
+    StateError,
+    TypeMismatchError,
+    UnknownConstantError,
+    UnknownNodeError,
     UnknownOpError,
 )  # fmt: skip
 from helpers.graphs import feeds_of, same_outputs, transformer
@@ -29,7 +43,9 @@ def events() -> Events:
 @pytest.fixture
 def engine(events: Events, tmp_path: Path) -> Iterator[graphopt.Engine]:
     torch.set_num_threads(1)
-    settings = graphopt.EngineSettings(intra_op=1, events=lambda name, fields: events.append((name, fields)))
+    settings = graphopt.EngineSettings(
+        intra_op=1, events=lambda name, fields: events.append((name, fields))
+    )
     with graphopt.Engine(transformer(), settings, state_dir=tmp_path / "state") as made:
         yield made
 
@@ -49,7 +65,9 @@ def ask(engine: graphopt.Engine) -> Any:
 def test_the_request_after_a_delta_runs_the_new_revision(engine: graphopt.Engine) -> None:
     before = ask(engine)
     gelu = first_node(engine.graph, "aten.gelu.default")
-    applied = engine.apply(edits({"insert_after": {"value": f"${gelu}", "id": "gate", "op": "aten.sigmoid.default"}}))
+    applied = engine.apply(
+        edits({"insert_after": {"value": f"${gelu}", "id": "gate", "op": "aten.sigmoid.default"}})
+    )
     after = ask(engine)
     assert (before.revision, applied.revision, after.revision) == (1, 2, 2)
     assert before.plan_id != after.plan_id
@@ -59,7 +77,9 @@ def test_the_request_after_a_delta_runs_the_new_revision(engine: graphopt.Engine
 def test_an_edit_of_one_block_keeps_the_steps_of_all_others(engine: graphopt.Engine) -> None:
     old = engine.model.slot.plan.steps
     gelu = first_node(engine.graph, "aten.gelu.default")
-    applied = engine.apply(edits({"insert_after": {"value": f"${gelu}", "id": "gate", "op": "aten.sigmoid.default"}}))
+    applied = engine.apply(
+        edits({"insert_after": {"value": f"${gelu}", "id": "gate", "op": "aten.sigmoid.default"}})
+    )
     kept = {id(step) for step in old} & {id(step) for step in engine.model.slot.plan.steps}
     assert applied.blocks_replanned <= 2
     assert len(kept) == applied.blocks_reused
@@ -68,7 +88,9 @@ def test_an_edit_of_one_block_keeps_the_steps_of_all_others(engine: graphopt.Eng
 def test_taking_a_delta_back_restores_hash_and_bits(engine: graphopt.Engine) -> None:
     before, digest = ask(engine), engine.graph.hash
     gelu = first_node(engine.graph, "aten.gelu.default")
-    engine.apply(edits({"insert_after": {"value": f"${gelu}", "id": "gate", "op": "aten.sigmoid.default"}}))
+    engine.apply(
+        edits({"insert_after": {"value": f"${gelu}", "id": "gate", "op": "aten.sigmoid.default"}})
+    )
     engine.rollback(1)
     assert engine.graph.hash == digest
     assert engine.revision == 3
@@ -82,39 +104,108 @@ def bad_deltas(graph: graphopt.Graph) -> dict[str, tuple[type[GraphoptError], di
     last = list(graph.iter_nodes())[-1].id
     output, source = graph.outputs[0]
     return {
-        "unknown op": (UnknownOpError, edits({"add_node": {"id": "x", "op": "aten.sigmod.default", "args": [f"${gelu}"]}})),
-        "mutating op": (UnknownOpError, edits({"add_node": {"id": "x", "op": "aten.add_.Tensor", "args": [f"${gelu}", 1]}})),
-        "random op": (UnknownOpError, edits({"add_node": {"id": "x", "op": "aten.bernoulli.default", "args": [f"${gelu}"]}})),
-        "file op": (UnknownOpError, edits({"add_node": {"id": "x", "op": "aten.from_file.default", "args": ["/etc/passwd"]}})),
-        "no op at all": (UnknownOpError, edits({"add_node": {"id": "x", "op": "aten.__class__.mro", "args": [f"${gelu}"]}})),
+        "unknown op": (
+            UnknownOpError,
+            edits({"add_node": {"id": "x", "op": "aten.sigmod.default", "args": [f"${gelu}"]}}),
+        ),
+        "mutating op": (
+            UnknownOpError,
+            edits({"add_node": {"id": "x", "op": "aten.add_.Tensor", "args": [f"${gelu}", 1]}}),
+        ),
+        "random op": (
+            UnknownOpError,
+            edits({"add_node": {"id": "x", "op": "aten.bernoulli.default", "args": [f"${gelu}"]}}),
+        ),
+        "file op": (
+            UnknownOpError,
+            edits(
+                {"add_node": {"id": "x", "op": "aten.from_file.default", "args": ["/etc/passwd"]}}
+            ),
+        ),
+        "no op at all": (
+            UnknownOpError,
+            edits({"add_node": {"id": "x", "op": "aten.__class__.mro", "args": [f"${gelu}"]}}),
+        ),
         "cycle": (CycleError, edits({"rewire": {"from": f"${linear}", "to": f"${last}"}})),
-        "type mismatch": (TypeMismatchError, edits({"set_attr": {"node": linear, "name": "weight", "value": {"const": bias}}})),
+        "type mismatch": (
+            TypeMismatchError,
+            edits({"set_attr": {"node": linear, "name": "weight", "value": {"const": bias}}}),
+        ),
         "missing node": (UnknownNodeError, edits({"remove_node": {"id": gelu + "x"}})),
-        "missing output of a node": (UnknownNodeError, edits({"add_node": {"id": "x", "op": "aten.relu.default", "args": [f"${gelu}:3"]}})),
+        "missing output of a node": (
+            UnknownNodeError,
+            edits({"add_node": {"id": "x", "op": "aten.relu.default", "args": [f"${gelu}:3"]}}),
+        ),
         "missing constant": (
-            UnknownConstantError, edits({"set_attr": {"node": linear, "name": "weight", "value": {"const": weight + "x"}}})
+            UnknownConstantError,
+            edits(
+                {"set_attr": {"node": linear, "name": "weight", "value": {"const": weight + "x"}}}
+            ),
         ),
         "removing a used node": (NodeInUseError, edits({"remove_node": {"id": gelu}})),
         "dropping a used constant": (NodeInUseError, edits({"drop_constant": {"name": weight}})),
-        "a name that is taken": (DuplicateNodeError, edits({"add_node": {"id": gelu, "op": "aten.relu.default", "args": [f"${linear}"]}})),
-        "a stale revision": (PreconditionError, edits({"remove_node": {"id": gelu}}, if_revision=7)),
+        "a name that is taken": (
+            DuplicateNodeError,
+            edits({"add_node": {"id": gelu, "op": "aten.relu.default", "args": [f"${linear}"]}}),
+        ),
+        "a stale revision": (
+            PreconditionError,
+            edits({"remove_node": {"id": gelu}}, if_revision=7),
+        ),
         "another graph": (DeltaError, edits({"remove_node": {"id": gelu}}, graph="other")),
-        "a changed output": (InterfaceChangeError, edits({"set_outputs": {"outputs": {output: f"${gelu}"}}})),
-        "a renamed output": (InterfaceChangeError, edits({"set_outputs": {"outputs": {"renamed": f"${source.id}"}}})),
-        "no output": (InterfaceChangeError, edits({"set_outputs": {"outputs": {}}}, allow_interface_change=True)),
-        "a new input": (InterfaceChangeError, edits({"add_input": {"name": "extra", "type": "f32[4]"}})),
-        "too large a value": (LimitError, edits({"add_node": {"id": "x", "op": "aten.full.default", "args": [[1_000_000, 1_000_000], 0.0]}})),
+        "a changed output": (
+            InterfaceChangeError,
+            edits({"set_outputs": {"outputs": {output: f"${gelu}"}}}),
+        ),
+        "a renamed output": (
+            InterfaceChangeError,
+            edits({"set_outputs": {"outputs": {"renamed": f"${source.id}"}}}),
+        ),
+        "no output": (
+            InterfaceChangeError,
+            edits({"set_outputs": {"outputs": {}}}, allow_interface_change=True),
+        ),
+        "a new input": (
+            InterfaceChangeError,
+            edits({"add_input": {"name": "extra", "type": "f32[4]"}}),
+        ),
+        "too large a value": (
+            LimitError,
+            edits(
+                {
+                    "add_node": {
+                        "id": "x",
+                        "op": "aten.full.default",
+                        "args": [[1_000_000, 1_000_000], 0.0],
+                    }
+                }
+            ),
+        ),
         "an unknown key": (DocumentError, edits({"remove_node": {"node": gelu}})),
         "an unknown edit": (DocumentError, edits({"remove_nod": {"id": gelu}})),
-        "a missing file": (DocumentError, edits({"load_weights": {"path": "no/such/file.safetensors"}})),
-        "an adapter that is not attached": (AdapterError, edits({"detach_adapter": {"name": "legal"}})),
+        "a missing file": (
+            DocumentError,
+            edits({"load_weights": {"path": "no/such/file.safetensors"}}),
+        ),
+        "an adapter that is not attached": (
+            AdapterError,
+            edits({"detach_adapter": {"name": "legal"}}),
+        ),
         "a wrong format": (DocumentError, {"delta": 2, "edits": []}),
-        "the second of two edits": (NodeInUseError, edits({"set_attr": {"node": linear, "name": "bias", "value": None}}, {"remove_node": {"id": gelu}})),
-    }  # fmt: skip
+        "the second of two edits": (
+            NodeInUseError,
+            edits(
+                {"set_attr": {"node": linear, "name": "bias", "value": None}},
+                {"remove_node": {"id": gelu}},
+            ),
+        ),
+    }
 
 
 @pytest.mark.parametrize("what", sorted(bad_deltas(transformer())))
-def test_a_bad_delta_changes_nothing_and_says_where(engine: graphopt.Engine, events: Events, what: str) -> None:
+def test_a_bad_delta_changes_nothing_and_says_where(
+    engine: graphopt.Engine, events: Events, what: str
+) -> None:
     assert engine.settle(60)
     before, digest, plan = ask(engine), engine.graph.hash, engine.model.slot.plan
     kind, delta = bad_deltas(engine.graph)[what]
@@ -151,18 +242,25 @@ def test_the_same_id_answers_as_the_first_time(engine: graphopt.Engine) -> None:
 
 def test_dry_run_tells_what_apply_does_and_does_nothing(engine: graphopt.Engine) -> None:
     weight = first_constant(engine.graph)
-    delta = graphopt.Delta([graphopt.PutConstant(weight, engine.graph.constants[weight].tensor + 1)])
+    delta = graphopt.Delta(
+        [graphopt.PutConstant(weight, engine.graph.constants[weight].tensor + 1)]
+    )
     plan = engine.model.slot.plan
     told = engine.dry_run(delta)
     assert engine.model.slot.plan is plan
     assert told.staged_bytes == engine.graph.constants[weight].tensor.nbytes
     applied = engine.apply(delta)
-    assert (told.inferred_nodes, len(told.blocks)) == (applied.inferred_nodes, applied.blocks_replanned)
+    assert (told.inferred_nodes, len(told.blocks)) == (
+        applied.inferred_nodes,
+        applied.blocks_replanned,
+    )
 
 
 def test_new_weights_of_the_same_shape_infer_no_type(engine: graphopt.Engine) -> None:
     weight = first_constant(engine.graph)
-    applied = engine.apply(graphopt.Delta([graphopt.PutConstant(weight, engine.graph.constants[weight].tensor * 2)]))
+    applied = engine.apply(
+        graphopt.Delta([graphopt.PutConstant(weight, engine.graph.constants[weight].tensor * 2)])
+    )
     assert applied.inferred_nodes == 0
 
 
@@ -232,18 +330,37 @@ def reopened(tmp_path: Path) -> graphopt.Engine:
     return graphopt.Engine(None, graphopt.EngineSettings(intra_op=1), state_dir=tmp_path / "state")
 
 
-def test_what_was_acknowledged_is_live_again_after_a_restart(engine: graphopt.Engine, tmp_path: Path) -> None:
+def test_what_was_acknowledged_is_live_again_after_a_restart(
+    engine: graphopt.Engine, tmp_path: Path
+) -> None:
     weight = first_constant(engine.graph)
     gelu = first_node(engine.graph, "aten.gelu.default")
-    engine.apply(graphopt.Delta([graphopt.PutConstant(weight, engine.graph.constants[weight].tensor + 1)], id="w"))
-    engine.apply(edits({"insert_after": {"value": f"${gelu}", "id": "gate", "op": "aten.clamp.default", "args": [f"${gelu}", "-inf", 1.5]}}))
+    engine.apply(
+        graphopt.Delta(
+            [graphopt.PutConstant(weight, engine.graph.constants[weight].tensor + 1)], id="w"
+        )
+    )
+    engine.apply(
+        edits(
+            {
+                "insert_after": {
+                    "value": f"${gelu}",
+                    "id": "gate",
+                    "op": "aten.clamp.default",
+                    "args": [f"${gelu}", "-inf", 1.5],
+                }
+            }
+        )
+    )
     before, digest, lines = ask(engine), engine.graph.hash, engine.history()
     engine.close()
     with reopened(tmp_path) as again:
         assert (again.revision, again.graph.hash) == (3, digest)
         assert same_outputs(ask(again).outputs, before.outputs)
         assert [line.revision for line in again.history()] == [line.revision for line in lines]
-        repeated = graphopt.Delta([graphopt.PutConstant(weight, again.graph.constants[weight].tensor)], id="w")
+        repeated = graphopt.Delta(
+            [graphopt.PutConstant(weight, again.graph.constants[weight].tensor)], id="w"
+        )
         assert again.apply(repeated).revision == 2
         again.rollback(1)
         assert again.graph == transformer()
@@ -260,7 +377,11 @@ def test_a_snapshot_keeps_recovery_short_and_changes_nothing(
     monkeypatch.setattr("graphopt.engine.ledger.SNAPSHOT_DUE_ROWS", 10)
     weight = first_constant(engine.graph)
     for i in range(35):
-        engine.apply(graphopt.Delta([graphopt.PutConstant(weight, engine.graph.constants[weight].tensor + i)]))
+        engine.apply(
+            graphopt.Delta(
+                [graphopt.PutConstant(weight, engine.graph.constants[weight].tensor + i)]
+            )
+        )
         assert engine.settle(60)
     digest, before = engine.graph.hash, ask(engine)
     engine.rollback(engine.revision - 3)  # names a constant whose blob only an older row held
@@ -273,12 +394,16 @@ def test_a_snapshot_keeps_recovery_short_and_changes_nothing(
         assert same_outputs(ask(again).outputs, before.outputs)
 
 
-def test_a_fork_shares_constants_and_steps_and_goes_its_own_way(engine: graphopt.Engine, tmp_path: Path) -> None:
+def test_a_fork_shares_constants_and_steps_and_goes_its_own_way(
+    engine: graphopt.Engine, tmp_path: Path
+) -> None:
     host = engine.host
     fork = host.fork("transformer", "tenant")
     name = first_constant(engine.graph)
     assert fork.graph.constants[name].tensor is engine.graph.constants[name].tensor
-    shared = {id(step.function) for step in fork.slot.plan.steps} & {id(step.function) for step in engine.model.slot.plan.steps}
+    shared = {id(step.function) for step in fork.slot.plan.steps} & {
+        id(step.function) for step in engine.model.slot.plan.steps
+    }
     assert len(shared) > 1
     before = ask(engine)
     fork.apply(graphopt.Delta([graphopt.PutConstant(name, fork.graph.constants[name].tensor + 1)]))
@@ -289,8 +414,8 @@ def test_a_fork_shares_constants_and_steps_and_goes_its_own_way(engine: graphopt
     again = graphopt.Host(graphopt.EngineSettings(intra_op=1), tmp_path / "state")
     try:
         assert set(again.models()) == {"transformer", "tenant"}
-        assert same_outputs(again.get("tenant").run(feeds_of(fork.graph, SIZES)).outputs, changed.outputs)
+        assert same_outputs(
+            again.get("tenant").run(feeds_of(fork.graph, SIZES)).outputs, changed.outputs
+        )
     finally:
         again.close()
-
-

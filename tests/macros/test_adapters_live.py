@@ -23,18 +23,35 @@ FEEDS: dict[str, dict[str, torch.Tensor]] = {
     "vit": {"pixel_values": PIXELS},
 }
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "bert, all linear": ("bert_classifier", {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
+    "bert, all linear": (
+        "bert_classifier",
+        {"target_modules": "all-linear", "task_type": "SEQ_CLS"},
+    ),
     "bert, saved head and biases": (
-        "bert_classifier", {"target_modules": ["query", "value"], "modules_to_save": ["classifier"], "bias": "lora_only"}
+        "bert_classifier",
+        {
+            "target_modules": ["query", "value"],
+            "modules_to_save": ["classifier"],
+            "bias": "lora_only",
+        },
     ),
     "bert, rank patterns and rslora": (
-        "bert_classifier", {"target_modules": ["query", "dense"], "rank_pattern": {"query": 2}, "alpha_pattern": {"dense": 3}, "use_rslora": True}
+        "bert_classifier",
+        {
+            "target_modules": ["query", "dense"],
+            "rank_pattern": {"query": 2},
+            "alpha_pattern": {"dense": 3},
+            "use_rslora": True,
+        },
     ),
     "bert, embeddings": ("bert_classifier", {"target_modules": ["word_embeddings", "query"]}),
     "gpt2, transposed": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
-    "llama, one layer": ("llama", {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1]}),
+    "llama, one layer": (
+        "llama",
+        {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1]},
+    ),
     "vit, expression": ("vit", {"target_modules": r".*\.(q_proj|v_proj|query|value)"}),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +63,10 @@ def imported() -> Callable[[str], tuple[torch.nn.Module, graphopt.Graph]]:
             model = build(family)
             if hasattr(model.config, "use_cache"):
                 model.config.use_cache = False
-            known[family] = (model, graphopt.from_torch(model, FEEDS[family], dynamic_shapes="batch", name="model"))
+            known[family] = (
+                model,
+                graphopt.from_torch(model, FEEDS[family], dynamic_shapes="batch", name="model"),
+            )
         return known[family]
 
     return get
@@ -70,7 +90,9 @@ def lora(**settings: Any) -> peft.LoraConfig:
     return peft.LoraConfig(**({"r": 4, "lora_alpha": 8} | settings))
 
 
-def peft_logits(model: torch.nn.Module, folder: Path, feeds: dict[str, torch.Tensor]) -> torch.Tensor:
+def peft_logits(
+    model: torch.nn.Module, folder: Path, feeds: dict[str, torch.Tensor]
+) -> torch.Tensor:
     with quiet(), torch.inference_mode():
         wrapped = peft.PeftModel.from_pretrained(copy.deepcopy(model), folder)
         return wrapped.eval()(**feeds).logits  # type: ignore[no-any-return]
@@ -91,7 +113,9 @@ def test_an_attached_adapter_answers_as_peft_does(
     torch.testing.assert_close(unfolded, wanted, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(before, wanted, rtol=1e-3, atol=1e-3)
     assert engine.settle(60)
-    torch.testing.assert_close(engine.run(FEEDS[family]).outputs["logits"], wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        engine.run(FEEDS[family]).outputs["logits"], wanted, rtol=1e-4, atol=1e-4
+    )
     engine.apply(graphopt.Delta([DetachAdapter("legal")]))
     assert engine.graph.hash == graph.hash
 
@@ -126,17 +150,31 @@ def test_adapters_come_and_go_in_any_order(imported: Any, open_engine: Any, tmp_
     assert torch.equal(engine.run(feeds).outputs["logits"], before)
 
 
-def test_the_scale_of_a_delta_multiplies_the_adapters_own(imported: Any, open_engine: Any, tmp_path: Path) -> None:
+def test_the_scale_of_a_delta_multiplies_the_adapters_own(
+    imported: Any, open_engine: Any, tmp_path: Path
+) -> None:
     model, graph = imported("bert_classifier")
     save_adapter(model, lora(target_modules=["query"]), tmp_path / "plain")
     save_adapter(model, lora(target_modules=["query"], lora_alpha=24), tmp_path / "thrice")
     engine = open_engine(graph)
     engine.apply(graphopt.Delta([AttachAdapter("x", tmp_path / "plain", scale=3.0)]))
     wanted = peft_logits(model, tmp_path / "thrice", FEEDS["bert_classifier"])
-    torch.testing.assert_close(engine.run(FEEDS["bert_classifier"]).outputs["logits"], wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        engine.run(FEEDS["bert_classifier"]).outputs["logits"], wanted, rtol=1e-4, atol=1e-4
+    )
 
 
-@pytest.mark.parametrize("what", ["absent modules", "attached twice", "two saved heads", "bad name", "missing file", "truncated"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        "absent modules",
+        "attached twice",
+        "two saved heads",
+        "bad name",
+        "missing file",
+        "truncated",
+    ],
+)
 def test_an_adapter_that_cannot_be_attached_leaves_the_model_alone(
     what: str, imported: Any, open_engine: Any, tmp_path: Path
 ) -> None:
@@ -169,7 +207,9 @@ def test_an_adapter_that_cannot_be_attached_leaves_the_model_alone(
     assert (engine.graph.hash, engine.revision) == (digest, revision)
 
 
-def test_detaching_what_is_not_attached_names_what_is(imported: Any, open_engine: Any, tmp_path: Path) -> None:
+def test_detaching_what_is_not_attached_names_what_is(
+    imported: Any, open_engine: Any, tmp_path: Path
+) -> None:
     model, graph = imported("bert_classifier")
     save_adapter(model, lora(target_modules=["query"]), tmp_path / "adapter")
     engine = open_engine(graph)

@@ -9,9 +9,22 @@ import torch
 import graphopt
 from graphopt.analysis.facts import analyse
 from graphopt.delta import apply_fully, difference
-from graphopt.errors import BundleError, DeltaError, GraphoptError, TypeMismatchError, UnknownNodeError
+from graphopt.errors import (
+    BundleError,
+    DeltaError,
+    GraphoptError,
+    TypeMismatchError,
+    UnknownNodeError,
+)
 from graphopt.graph import Symbol
-from graphopt.macros import Bypass, InsertAfter, LoadWeights, ReplaceRegion, SetShapeProfile, SwapHead
+from graphopt.macros import (
+    Bypass,
+    InsertAfter,
+    LoadWeights,
+    ReplaceRegion,
+    SetShapeProfile,
+    SwapHead,
+)
 from graphopt.safetensors_file import write_tensors
 from helpers.graphs import transformer
 
@@ -39,7 +52,9 @@ def weights(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Path]:
 
 
 def parameters() -> dict[str, torch.Tensor]:
-    return {name: constant.tensor for name, constant in GRAPH.constants.items() if constant.is_param}
+    return {
+        name: constant.tensor for name, constant in GRAPH.constants.items() if constant.is_param
+    }
 
 
 def test_bypassing_a_layer_takes_out_its_nodes_and_nothing_else() -> None:
@@ -82,7 +97,9 @@ def test_load_weights_puts_only_what_differs(tmp_path: Path) -> None:
     assert len(done.expansion.edits) == 1
 
 
-@pytest.mark.parametrize("what", ["missing", "unexpected", "shape", "dtype", "nothing fits", "truncated", "pickle"])
+@pytest.mark.parametrize(
+    "what", ["missing", "unexpected", "shape", "dtype", "nothing fits", "truncated", "pickle"]
+)
 def test_weights_that_do_not_fit_are_refused_by_name(what: str, tmp_path: Path) -> None:
     tensors = parameters()
     name = sorted(tensors)[0]
@@ -118,7 +135,9 @@ def test_a_subset_of_the_weights_loads_when_not_strict(tmp_path: Path) -> None:
 def test_a_head_may_have_another_number_of_outputs(tmp_path: Path) -> None:
     head = GRAPH.outputs[0][1].id
     columns = GRAPH.constants[GRAPH.nodes[head].args[1].name].type.shape[1]
-    files = weights(tmp_path, {"classifier.weight": torch.ones(7, columns), "classifier.bias": torch.zeros(7)})
+    files = weights(
+        tmp_path, {"classifier.weight": torch.ones(7, columns), "classifier.bias": torch.zeros(7)}
+    )
     after = applied(SwapHead(head, files), allow=True)
     assert analyse(after).types[head][0].shape[-1] == 7
 
@@ -126,14 +145,18 @@ def test_a_head_may_have_another_number_of_outputs(tmp_path: Path) -> None:
 def test_a_head_without_bias_takes_the_old_bias_away(tmp_path: Path) -> None:
     head = GRAPH.outputs[0][1].id
     columns = GRAPH.constants[GRAPH.nodes[head].args[1].name].type.shape[1]
-    after = applied(SwapHead(head, weights(tmp_path, {"weight": torch.ones(7, columns)})), allow=True)
+    after = applied(
+        SwapHead(head, weights(tmp_path, {"weight": torch.ones(7, columns)})), allow=True
+    )
     assert after.nodes[head].bound()["bias"] is None
     assert GRAPH.nodes[head].args[2].name not in after.constants
 
 
 def test_a_head_that_is_no_linear_layer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(TypeMismatchError, match="a head is aten.linear.default"):
-        applied(SwapHead(first("aten.gelu.default"), weights(tmp_path, {"weight": torch.ones(2, 2)})))
+    with pytest.raises(TypeMismatchError, match=r"a head is aten\.linear\.default"):
+        applied(
+            SwapHead(first("aten.gelu.default"), weights(tmp_path, {"weight": torch.ones(2, 2)}))
+        )
 
 
 def test_a_shape_profile_bounds_what_requests_may_bring() -> None:
