@@ -1,0 +1,1 @@
+"""Benchmarks: python -m benchmarks.NAME; what each measures stands in its docstring."""

@@ -1,6 +1,8 @@
-"""What `engine(x)` costs beside calling the torch module: a 16-op MLP, where the call is most of the time.
+"""What `engine(x)` costs beside calling the torch module: a 16-op MLP, where the call is most of
+the time.
 
-Interleaved rounds in one process, one torch thread, both under inference mode; medians and the median of paired ratios. Target <= 1.15.
+Interleaved rounds in one process, one torch thread, both under inference mode; medians and the
+median of paired ratios. Target <= 1.15.
 
     python -m benchmarks.call_overhead
 """
@@ -25,11 +27,18 @@ def main() -> None:
     rows = []
     for width in (16, 64, 256):
         torch.manual_seed(0)
-        layers = [layer for _ in range(8) for layer in (torch.nn.Linear(width, width), torch.nn.ReLU())]
+        layers = [
+            layer for _ in range(8) for layer in (torch.nn.Linear(width, width), torch.nn.ReLU())
+        ]
         module = torch.nn.Sequential(*layers).eval()
         x = torch.randn(1, width)
-        graph = graphopt.from_torch(module, (torch.randn(2, width),), dynamic_shapes="batch", name="mlp")
-        with graphopt.Engine(graph, graphopt.EngineSettings(intra_op=1)) as engine, torch.inference_mode():
+        graph = graphopt.from_torch(
+            module, (torch.randn(2, width),), dynamic_shapes="batch", name="mlp"
+        )
+        with (
+            graphopt.Engine(graph, graphopt.EngineSettings(intra_op=1)) as engine,
+            torch.inference_mode(),
+        ):
             assert engine.settle(60)
             assert torch.allclose(engine(x), module(x), atol=1e-5)
             ours, theirs = [], []
@@ -37,10 +46,16 @@ def main() -> None:
                 ours.append(_round(engine, x))
                 theirs.append(_round(module, x))
             ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
-            rows.append({
-                "width": width, "module_us": statistics.median(theirs) * 1e6, "engine_us": statistics.median(ours) * 1e6,
-                "ratio": ratio, "target": TARGET_RATIO, "tiers": str(engine.model.slot.plan.tiers()),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "width": width,
+                    "module_us": statistics.median(theirs) * 1e6,
+                    "engine_us": statistics.median(ours) * 1e6,
+                    "ratio": ratio,
+                    "target": TARGET_RATIO,
+                    "tiers": str(engine.model.slot.plan.tiers()),
+                }
+            )
     report("call_overhead", rows)
 
 

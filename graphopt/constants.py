@@ -32,7 +32,7 @@ def tensor_digest(tensor: torch.Tensor) -> str:
     """The SHA-256 of a contiguous tensor: dtype, shape and bytes."""
     hasher = sha256(f"{SHORT_DTYPES[tensor.dtype]}{list(tensor.shape)}".encode())
     if tensor.numel():
-        hasher.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        hasher.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return hasher.hexdigest()
 
 
