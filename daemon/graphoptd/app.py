@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,19 @@ from graphopt.executor.samples import sample_inputs
 from graphoptd import config
 from graphoptd.configured import ConfiguredModels
 from graphoptd.control import ControlContext, ControlServer
+from graphoptd.control.changes import apply_to
 from graphoptd.control.context import origin
 from graphoptd.cpus import share
 from graphoptd.data import DataServer, DataSettings
+from graphoptd.data.lanes import Lane
 from graphoptd.data.sockets import open_tcp, open_unix, unlink_own
 from graphoptd.directory import HostDirectory
 from graphoptd.engine_events import EngineEvents
 from graphoptd.events import FailureCounter, emit
 from graphoptd.logs import Logs
+from graphoptd.no_dynamo import spare_dynamo
 from graphoptd.settings import Settings
+from graphoptd.spool import Spool
 from graphoptd.systemd import Inherited
 
 
@@ -73,6 +78,7 @@ class App:
         self._store_failed = store_failed
         self._own: list[socket.socket] = []
         self._own_path: tuple[str, int] | None = None
+        self._spool: Spool | None = None
         self._started_s = time.time()
         self.doors_closed = asyncio.Event()
 
@@ -91,6 +97,8 @@ class App:
         await asyncio.sleep(0)  # both planes close their listeners before they first wait
         self._give_addresses_back()
         self.doors_closed.set()
+        if self._spool is not None:
+            await asyncio.to_thread(self._spool.stop)
         aborted, _ = await planes
         self.tell_failures(now=True)
         if hasattr(self, "host"):
@@ -124,6 +132,7 @@ class App:
 
     def _recover(self) -> None:
         start_s = time.monotonic()
+        spare_dynamo()
         threads, intra_op = share(self.settings.executor)
         events = EngineEvents(origin, self._store_failed)
         state = self.settings.state.path
@@ -189,6 +198,11 @@ class App:
         )
         self.control = ControlServer(context)
         await self.control.start(self._inherited.control)
+        if self.settings.spool.path is not None:
+            self._spool = Spool(lambda: self.settings, partial(apply_to, self.host))
+            missing = await asyncio.to_thread(self._spool.start)
+            if missing:
+                emit("limit.reached", limit="notifications of the spool", bound=0, reason=missing)
 
     def _give_addresses_back(self) -> None:
         for each in self._own:
@@ -226,12 +240,9 @@ class App:
 
     def statistics(self) -> Mapping[str, Any]:
         """Figures of the data plane by model, for `status` and `top`."""
-        return {
-            lane.served.name: lane.statistics.as_json(
-                lane.served.name, lane.served.signature().revision
-            )
-            for lane in self.data.plane.lanes.all()
-        }
+        if not hasattr(self, "data"):
+            return {}
+        return {lane.served.name: _figures(lane) for lane in self.data.plane.lanes.all()}
 
     def is_idle(self) -> bool:
         """Whether no request runs now."""
@@ -255,6 +266,22 @@ class App:
     def models(self) -> Mapping[str, LiveModel]:
         """The live models."""
         return self.host.models() if hasattr(self, "host") else {}
+
+
+def _figures(lane: Lane) -> dict[str, Any]:
+    """Since the start; means are absent before the first answer."""
+    found = lane.statistics
+    figures: dict[str, Any] = {
+        "answered": found.answered,
+        "failed": found.failed,
+        "waiting": lane.batcher.n_queued,
+    }
+    if found.answered:
+        figures["mean_ms"] = round(found.total_ns / found.answered / 1e6, 3)
+        figures["mean_queue_ms"] = round(found.queue_ns / found.answered / 1e6, 3)
+    if found.executions:
+        figures["rows_a_run"] = round(found.rows / found.executions, 2)
+    return figures
 
 
 def _make_folder(socket_path: Path) -> None:

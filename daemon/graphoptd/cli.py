@@ -15,7 +15,7 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
         "--run-dir", metavar="DIR", type=Path, help="with --model: folder of the sockets (./run)"
     )
     parser.add_argument(
-        "--when-ready", metavar="TEXT", default="", help="print TEXT once every model serves"
+        "--when-ready", metavar="TEXT", default="", help="say TEXT once every model serves"
     )
     parser.add_argument("--version", action="version", version=f"graphoptd {graphopt.__version__}")
     return parser
@@ -136,17 +136,9 @@ def _run(
 
     from graphoptd.service import Service  # loads torch: seconds
 
-    service = Service(settings, options.config, installed, inherited, _say(options.when_ready))
+    service = Service(settings, options.config, installed, inherited, options.when_ready)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(service.run())
-
-
-def _say(text: str) -> Callable[[list[str]], None]:
-    def say(addresses: list[str]) -> None:
-        if text:
-            print(text, flush=True)
-
-    return say
 
 
 def _status_of(error: GraphoptError) -> int:

@@ -148,6 +148,10 @@ class Logs:
         for name in _OWN_LOGGERS:
             logging.getLogger(name).setLevel(settings.level.upper())
 
+    def say(self, text: str) -> None:
+        """Write a text for people among the lines, in order; it is no event."""
+        self._writer.put(text.encode("utf-8", "backslashreplace") + b"\n")
+
     def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
         """Write what is queued, for at most `timeout_s`, and put logging back as it was."""
         self._writer.close(timeout_s)

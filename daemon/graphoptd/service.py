@@ -61,7 +61,7 @@ class Service:
         path: the configuration file, None when the command line is the configuration.
         logs: installed already.
         inherited: what systemd handed over.
-        say: called with the addresses of the data plane once it is ready.
+        when_ready: text for people, written among the lines of the log once every model serves.
     """
 
     def __init__(
@@ -70,12 +70,13 @@ class Service:
         path: Path | None,
         logs: Logs,
         inherited: Inherited,
-        say: Callable[[list[str]], None] = lambda addresses: None,
+        when_ready: str = "",
     ) -> None:
         self._path = path
         self._inherited = inherited
         self._notifier = inherited.notifier
-        self._say = say
+        self._logs = logs
+        self._when_ready = when_ready
         self._app = App(settings, path is None, logs, inherited, self.reload, self._on_store_failed)
         self._caught: list[signal.Signals] = []
         self._wants_reload = False
@@ -174,7 +175,8 @@ class Service:
         self._garbage.begin()
         self._notifier.ready(self._status())
         emit("daemon.ready", models=len(self._app.models()), duration_ms=_ms_since(self._started_s))
-        self._say(self._app.data.addresses)
+        if self._when_ready:
+            self._logs.say(self._when_ready)
 
     async def _serve(self) -> None:
         while not self._caught and not self._store_reason():
@@ -228,7 +230,8 @@ class Service:
                 return await self._app.cut()
             self._wake.clear()
             waking = asyncio.ensure_future(self._wake.wait())
-            await asyncio.wait([draining, waking], return_when=asyncio.FIRST_COMPLETED)
+            either: list[asyncio.Future[Any]] = [draining, waking]
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             waking.cancel()
         return draining.result()
 

@@ -11,7 +11,8 @@ from graphoptd.ctl.client import Exit, Refused
 from service.harness import Daemon, Zygote, apply, running
 
 KILLS = 100
-LIFE_MAX_S = 0.06  # between READY and the kill: a few tens of deltas
+DELTAS_MAX = 12  # acknowledged in one life
+LATE_MAX_S = 0.004  # and then the kill, up to so long after: a delta takes about that
 SEED = 20
 
 
@@ -20,13 +21,19 @@ class Stream:
 
     def __init__(self) -> None:
         self.acknowledged = 0
-        self.repeated = 0
+        self.settled = 0  # in flight at a kill, and there
 
-    def run(self, daemon: Daemon) -> None:
-        """Until the process dies; begins with the one in flight when the last process died."""
+    def run(self, daemon: Daemon, deltas: int, killer: threading.Timer) -> None:
+        """Until the process dies, about when `deltas` are acknowledged.
+
+        Begins with the one in flight when the last process died.
+        """
+        last = self.acknowledged + deltas
         try:
             with daemon.control() as client:
                 while True:
+                    if self.acknowledged == last:
+                        killer.start()
                     revision = apply(client, self.acknowledged + 1)
                     assert revision == self.acknowledged + 2
                     self.acknowledged += 1
@@ -41,7 +48,7 @@ def check(daemon: Daemon, stream: Stream) -> None:
     made = answer["revision"] - 1
     assert stream.acknowledged <= made <= stream.acknowledged + 1
     assert answer["a"] == answer["b"] == [made, made]
-    stream.repeated += made - stream.acknowledged
+    stream.settled += made - stream.acknowledged
 
 
 def test_a_hundred_kills_in_a_stream_of_deltas_lose_nothing_and_halve_nothing(
@@ -53,12 +60,12 @@ def test_a_hundred_kills_in_a_stream_of_deltas_lose_nothing_and_halve_nothing(
         with running(folder, model_argv, zygote) as daemon:
             check(daemon.until("READY=1"), stream)
             # The moment of death is the fault that is injected; nothing waits for it.
-            killer = threading.Timer(chance.uniform(0, LIFE_MAX_S), daemon.signal, [signal.SIGKILL])
-            killer.start()
-            stream.run(daemon)
+            killer = threading.Timer(chance.uniform(0, LATE_MAX_S), daemon.signal, [signal.SIGKILL])
+            stream.run(daemon, chance.randint(0, DELTAS_MAX), killer)
             killer.join()
             assert daemon.wait() == -signal.SIGKILL
-    assert stream.acknowledged >= KILLS  # the lives were long enough to mean something
+    assert stream.acknowledged >= KILLS * DELTAS_MAX // 4
+    assert stream.settled > 0  # some were durable and never answered: the case that matters
     with running(folder, model_argv, zygote) as daemon:
         check(daemon.until("READY=1"), stream)
 
