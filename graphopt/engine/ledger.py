@@ -11,9 +11,9 @@ import os
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -75,6 +75,9 @@ class Ledger(Protocol):
     ) -> None:
         """Durable on return; raises StateError and then the delta must not go live."""
 
+    def graph_at(self, model: str, revision: int) -> Graph | None:
+        """The graph of an older revision, where the ledger can still make it."""
+
 
 class MemoryLedger:
     """Remembers delta ids within their bound; nothing survives the process."""
@@ -101,6 +104,10 @@ class MemoryLedger:
             self._known[model, applied.expansion.id] = (content_sha, answer)
             if len(self._known) > DELTA_IDS_KEPT_MAX:
                 self._known.popitem(last=False)
+
+    def graph_at(self, model: str, revision: int) -> Graph | None:
+        """None: nothing older is kept than what the model keeps itself."""
+        return None
 
 
 class JournalLedger:
@@ -240,32 +247,66 @@ class JournalLedger:
             for name, lineage in self.folder.journal.lineages().items()
         }
 
+    def graph_at(self, model: str, revision: int) -> Graph | None:
+        """The graph of a revision since the model's base, replayed; None when it lies before."""
+        lineage = self.folder.journal.lineages().get(model)
+        if lineage is None:
+            return None
+        replay = self._replay(model, lineage, {}, {})
+        return next((graph for record, graph, _ in replay if record.revision == revision), None)
+
     def _recover(self, name: str, lineage: Lineage) -> Recovered:
-        base = json.loads(lineage.base.body)
-        constants: dict[str, Constant] = {}
         blob_of: dict[str, str] = {}
-        for blob in base["tensors"]:
-            self._read_blob(blob, constants, blob_of)
-        graph = parse_graph(self.folder.blobs.read(base["text"]).decode(), constants)
-        graph = _renamed(graph, name)
-        graphs = OrderedDict({lineage.base.revision: graph})
-        history = [_line(lineage.base, graph, lineage.base.kind, "")]
-        for record in lineage.increments:
-            for blob in record.blobs:
-                if blob not in set(blob_of.values()):
-                    self._read_blob(blob, constants, blob_of)
-            body = json.loads(record.body)
-            document = from_value(body["delta"], source=f"journal row {record.seq}")
-            graph = apply(graph, decode_delta(document, _Known(constants)))
+        graphs: OrderedDict[int, Graph] = OrderedDict()
+        history: list[RevisionInfo] = []
+        for record, graph, body in self._replay(name, lineage, {}, blob_of):
             graphs[record.revision] = graph
             if len(graphs) > REVISIONS_KEPT_MAX:
                 graphs.popitem(last=False)
-            history.append(_line(record, graph, body["kind"], body["summary"]))
+            kind = body.get("kind", record.kind)
+            summary = body.get("summary", "")
+            info = RevisionInfo(
+                record.revision,
+                kind,
+                summary,
+                record.delta_id,
+                graph.hash,
+                record.wall_ns / 1e9,
+            )
+            history.append(info)
         self._blob_of[name] = blob_of
         self._named[name] = [
             (record.revision, frozenset(record.blobs)) for record in lineage.increments
         ]
         return Recovered(graphs, history[-HISTORY_LINES_MAX:])
+
+    def _replay(
+        self,
+        name: str,
+        lineage: Lineage,
+        constants: dict[str, Constant],
+        blob_of: dict[str, str],
+    ) -> Iterator[tuple[Record, Graph, dict[str, Any]]]:
+        """Each row of a lineage with the graph after it and its body.
+
+        Fills `constants` by digest, and `blob_of` with the blob each lies in.
+        """
+        base = json.loads(lineage.base.body)
+        for blob in base["tensors"]:
+            self._read_blob(blob, constants, blob_of)
+        seen = set(base["tensors"])
+        text = self.folder.blobs.read(base["text"]).decode()
+        graph = _renamed(parse_graph(text, constants), name)
+        yield lineage.base, graph, base
+        for record in lineage.increments:
+            for blob in record.blobs:
+                if blob not in seen:
+                    self._read_blob(blob, constants, blob_of)
+                    seen.add(blob)
+            body = json.loads(record.body)
+            document = from_value(body["delta"], source=f"journal row {record.seq}")
+            graph = apply(graph, decode_delta(document, _Known(constants)))
+            yield record, graph, body
 
     def _read_blob(
         self, blob: str, constants: dict[str, Constant], blob_of: dict[str, str]
@@ -312,12 +353,6 @@ class _Known:
     def constant(self, digest: str) -> Constant | None:
         """The constant of that hash."""
         return self._constants.get(digest)
-
-
-def _line(record: Record, graph: Graph, kind: str, summary: str) -> RevisionInfo:
-    return RevisionInfo(
-        record.revision, kind, summary, record.delta_id, graph.hash, record.wall_ns / 1e9
-    )
 
 
 def _renamed(graph: Graph, name: str) -> Graph:

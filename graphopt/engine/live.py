@@ -145,15 +145,18 @@ class LiveModel:
 
         PreconditionError when it is not kept any more.
         """
+        target = self.graph_at(revision)
         with self._writing:
-            target = self.graph_at(revision)
             delta = difference(self.graph, target)
             allowed = Delta(delta.edits, allow_interface_change=True)
             return self.apply(allowed, "rollback", f"rollback to revision {revision}")
 
     def graph_at(self, revision: int) -> Graph:
-        """The graph of a revision that is kept in memory. PreconditionError otherwise."""
-        graph = self._graphs.get(revision)
+        """The graph of a revision, from memory or replayed from the journal.
+
+        PreconditionError when neither reaches so far back.
+        """
+        graph = self._graphs.get(revision) or self.ledger.graph_at(self.name, revision)
         if graph is None:
             kept = list(self._graphs)
             raise PreconditionError(

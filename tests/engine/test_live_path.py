@@ -366,6 +366,22 @@ def test_what_was_acknowledged_is_live_again_after_a_restart(
         assert again.graph == transformer()
 
 
+def test_a_revision_no_longer_in_memory_is_replayed_from_the_journal(
+    engine: graphopt.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("graphopt.engine.live.REVISIONS_KEPT_MAX", 3)
+    weight, digest = first_constant(engine.graph), engine.graph.hash
+    before = ask(engine)
+    for i in range(6):
+        tensor = engine.graph.constants[weight].tensor + i
+        engine.apply(graphopt.Delta([graphopt.PutConstant(weight, tensor)]))
+    engine.rollback(1)
+    assert engine.graph.hash == digest
+    assert same_outputs(ask(engine).outputs, before.outputs)
+    with pytest.raises(PreconditionError, match="kept are"):
+        engine.rollback(99)
+
+
 def test_a_second_process_is_kept_out(engine: graphopt.Engine, tmp_path: Path) -> None:
     with pytest.raises(StateError):
         reopened(tmp_path)
