@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import uvloop
 from safetensors.torch import save_file
 
 from graphopt.engine import EngineSettings, Host
@@ -114,7 +115,8 @@ def serving(
 
     def run() -> None:
         try:
-            asyncio.run(life())
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:  # as the service
+                runner.run(life())
         except BaseException as error:
             failed.append(error)
             started.set()
