@@ -36,7 +36,7 @@ class RowProof:
     """Decides for revision after revision of any model; not thread-safe."""
 
     def __init__(self) -> None:
-        self._verdicts: OrderedDict[tuple[str, tuple[str, ...]], bool] = OrderedDict()
+        self._verdicts: OrderedDict[tuple[str, tuple[bool, ...]], bool] = OrderedDict()
 
     def batch_symbol(self, facts: Facts) -> str | None:
         """The symbol of the rows when requests may be concatenated along it, else None."""
@@ -45,13 +45,16 @@ class RowProof:
         name = _plain_symbol(types)
         if name is None or not all(_is_rows(type_, name, 1) for type_ in types):
             return None
+        if any(_is_row_number(facts, ref, name) for _, ref in graph.outputs):
+            return None
         if not all(self._keeps_rows(facts, region, name) for region in facts.regions.values()):
             return None
         return name
 
     def _keeps_rows(self, facts: Facts, region: Region, name: str) -> bool:
         # The key describes symbols by place; where the batch symbol is among them belongs to it.
-        key = (region.key, tuple("rows" if s == name else "" for s in region.symbols))
+        numbers = [_is_row_number(facts, ref, name) for ref in region.reads]
+        key = (region.key, (*(s == name for s in region.symbols), *numbers))
         known = self._verdicts.get(key)
         if known is None:
             known = all(_node_keeps_rows(facts, facts.graph.nodes[id], name) for id in region.order)
@@ -97,8 +100,13 @@ def _node_keeps_rows(facts: Facts, node: Node, name: str) -> bool:
         return False
     if not all(_bears(type_, name) for type_ in made):
         return False  # rows went in, and something common to all came out
+    op = node.op.split(".")[1]
+    if any(_is_row_number(facts, ref, name) for ref in node.refs) and op not in _NUMBERS_IN:
+        return False
     bound = {key: _type_of(facts, value) for key, value in node.bound().items()}
-    rule = _RULES.get(node.op.split(".")[1]) if node.op.startswith("aten.") else None
+    if op in _INDEXING:
+        return _index(facts, node, bound, name)
+    rule = _RULES.get(op) if node.op.startswith("aten.") else None
     if rule is None:
         rule = _pointwise if torch.Tag.pointwise in get_overload(node.op).tags else None
     return rule is not None and rule(bound, made[0], name)
@@ -113,6 +121,46 @@ def _type_of(facts: Facts, value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(_type_of(facts, each) for each in value)
     return value
+
+
+# -- row numbers: `x[arange(batch)[:, None], columns]`, as transformers makes its masks
+
+
+def _is_row_number(facts: Facts, ref: Ref, name: str) -> bool:
+    """Whether the value is `arange(batch)` along dim 0: each row holds its own number."""
+    while True:
+        node = facts.graph.nodes.get(ref.id)
+        if node is None or not _is_rows(facts.type_of(ref), name, 1):
+            return False
+        op = node.op.split(".")[1]
+        if op == "arange":
+            bound = node.bound()
+            end = _type_of(facts, bound["end"])
+            starts = bound.get("start", 0) == 0 and bound.get("step", 1) == 1
+            return starts and isinstance(end, SymIntType) and end.value == symbol(name)
+        if op not in _VIEWS:
+            return False
+        ref = node.refs[0]
+
+
+def _index(facts: Facts, node: Node, bound: Bound, name: str) -> bool:
+    """Row `b` of the result comes from row `b` of the source."""
+    indices, source = node.bound()["indices"], bound["self"]
+    types = bound["indices"]
+    if not indices or not all(isinstance(type_, TensorType) for type_ in types):
+        return False
+    rank = max(type_.rank for type_ in types)
+    return (
+        _is_rows(source, name, 1)
+        and isinstance(indices[0], Ref)
+        and _is_row_number(facts, indices[0], name)
+        and all(not _bears(type_, name) or type_.rank == rank for type_ in types)
+    )
+
+
+_VIEWS = ("unsqueeze", "view", "reshape", "expand", "_to_copy", "clone", "alias")
+_INDEXING = ("index", "_unsafe_index")
+_NUMBERS_IN = (*_VIEWS, *_INDEXING)
 
 
 # -- rules: the arguments of a node that takes or makes rows, its first output, the symbol
@@ -254,6 +302,13 @@ def _fill(bound: Bound, made: ValueType, name: str) -> bool:
     return not (isinstance(value, SymIntType) and name in symbols_of(value.value))
 
 
+def _numbers(bound: Bound, made: ValueType, name: str) -> bool:
+    """Rows that hold their numbers; who reads them is looked at where they are read."""
+    end = bound["end"]
+    starts = bound.get("start", 0) == 0 and bound.get("step", 1) == 1
+    return starts and isinstance(end, SymIntType) and end.value == symbol(name)
+
+
 def _gather(bound: Bound, made: ValueType, name: str) -> bool:
     index = bound["index"]
     return _is_inner(bound["dim"], bound["self"]) and _dim0(index) == _dim0(bound["self"])
@@ -302,7 +357,8 @@ _RULES: dict[str, Rule] = (
     | dict.fromkeys(("max", "min", "argmax", "argmin", "topk", "sort", "argsort"), _along("dim"))
     | dict.fromkeys(("cumsum", "cumprod", "logsumexp", "linalg_vector_norm", "norm"), _along("dim"))
     | {"flip": _along("dims"), "roll": _along("dims"), "glu": _along("dim")}
-    | {"expand": _expand, "cat": _join, "stack": _join, "gather": _gather}
+    | dict.fromkeys(("__and__", "__or__", "__xor__"), _pointwise)  # not tagged as such by torch
+    | {"arange": _numbers, "expand": _expand, "cat": _join, "stack": _join, "gather": _gather}
     | dict.fromkeys(("full", "zeros", "ones", "full_like", "zeros_like", "ones_like"), _fill)
     | dict.fromkeys(("new_full", "new_zeros", "new_ones"), _fill)
     | {"linear": _first_only, "mm": _first_only, "addmm": _addmm}
