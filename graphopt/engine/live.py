@@ -6,6 +6,7 @@ model as it was. One writer at a time; requests never wait for it.
 """
 
 import json
+import re
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -29,6 +30,9 @@ from graphopt.executor.publish import Slot
 from graphopt.executor.runs import run_of, run_region
 from graphopt.graph import Graph
 from graphopt.limits import REVISIONS_KEPT_MAX
+
+
+SUMMARY_EDITS_MAX = 3  # edits that one line of `history` names
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,9 +321,11 @@ def _same(by_digest: Mapping[int, Step], made: Step) -> Step:
 
 
 def _summary(delta: Delta) -> str:
-    kinds = [type(edit).__name__ for edit in delta.edits]
-    names = ", ".join(
-        f"{kind} x{kinds.count(kind)}" if kinds.count(kind) > 1 else kind
-        for kind in dict.fromkeys(kinds)
-    )
-    return names or "no edits"
+    """What the delta says it does, as documents spell it: `attach_adapter intent`."""
+    words = []
+    for edit in delta.edits[:SUMMARY_EDITS_MAX]:
+        kind = re.sub(r"(?<!^)([A-Z])", r"_\1", type(edit).__name__).lower()
+        about = next((getattr(edit, f) for f in ("name", "id", "node", "source") if hasattr(edit, f)), "")
+        words.append(f"{kind} {about}".strip())
+    more = len(delta.edits) - len(words)
+    return ", ".join(words) + (f" and {more} more" if more else "") or "no edits"

@@ -135,10 +135,18 @@ def _members(draft: Draft, name: str) -> set[str]:
         if id in draft.nodes and id.startswith((name + ".", name + "/", name + "@"))
     }
     if not found:
-        raise UnknownNodeError(
-            f"no node or module {name!r}", where=name, remedy=nearest(name, draft.known_values())
-        )
+        remedy = nearest(name, [*_module_paths(draft), *draft.known_values()])
+        raise UnknownNodeError(f"no node or module {name!r}", where=name, remedy=remedy)
     return found
+
+
+def _module_paths(draft: Draft) -> set[str]:
+    """Every module path that some node id begins with."""
+    paths: set[str] = set()
+    for id in draft.known_values():
+        parts = id.split("/")[0].split(".")
+        paths.update(".".join(parts[:n]) for n in range(1, len(parts) + 1))
+    return paths
 
 
 def _read_refs(draft: Draft, user: str) -> tuple[Ref, ...]:
