@@ -17,6 +17,7 @@ from graphopt.types import TensorType
 torch.set_num_threads(1)
 
 BATCH, SEQ = symbol("batch"), symbol("seq")
+_AS_RESHAPE = ("aten.view.default", "aten._unsafe_view.default")
 _SYM = {
     "sym.add": operator.add, "sym.sub": operator.sub, "sym.mul": operator.mul, "sym.neg": operator.neg,
     "sym.floordiv": operator.floordiv, "sym.mod": operator.mod, "sym.max": max, "sym.min": min,
@@ -158,7 +159,7 @@ def reference(graph: Graph, feeds: Mapping[str, torch.Tensor]) -> dict[str, torc
             positional = [param for param in node.spec.params if not param.is_keyword]
             args = [final(param, arg) for param, arg in zip(positional, node.args, strict=False)]
             kwargs = {name: final(params[name], arg) for name, arg in node.kwargs}
-            op = _SYM.get(node.op) or (torch.reshape if node.op == "aten.view.default" else get_overload(node.op))
+            op = _SYM.get(node.op) or (torch.reshape if node.op in _AS_RESHAPE else get_overload(node.op))
             values[node.id] = op(*args, **kwargs)
     return {name: final(None, ref) for name, ref in graph.outputs}
 
