@@ -262,6 +262,15 @@ def test_a_bundle_is_loaded_forked_and_refused_when_damaged(
     assert len(service.lines("model.refused")) == 3  # the link was refused by the client itself
 
 
+def test_a_refused_rollback_or_fork_is_logged_once(service: Service) -> None:
+    assert ctl(service, "rollback", "9").code == 4
+    assert ctl(service, "rollback", "nobody", "1").code == 1
+    assert ctl(service, "fork", "transformer").code == 1
+    assert _refusals(service) == ["delta.precondition_failed", "model.unknown"]
+    (line,) = service.lines("model.refused")
+    assert (line["graph"], line["code"]) == ("transformer", "model.exists")
+
+
 def _fresh(service: Service, tmp_path: Path, name: str) -> str:
     save_bundle(service.host.get("transformer").graph, tmp_path / name)
     return str(tmp_path / name)

@@ -131,11 +131,11 @@ async def apply(task: Task, params: ApplyParams) -> Answer:
 
 async def rollback(task: Task, params: RollbackParams) -> Answer:
     """Makes a new revision that equals an old one."""
-    model = task.find(params.model)
     try:
-        await task.lanes.look.run(lambda: model.graph_at(params.revision))
+        model = task.find(params.model)
+        model.graph_at(params.revision)  # the engine looks again, under its lock
     except GraphoptError as error:
-        _log_rejected(task, model.name, None, error, False)
+        _log_rejected(task, params.model or "", None, error, False)
         raise
     applied = await task.lanes.change.run(_by(task, lambda: model.rollback(params.revision)))
     task.made_revision = applied.revision
@@ -144,9 +144,13 @@ async def rollback(task: Task, params: RollbackParams) -> Answer:
 
 async def fork(task: Task, params: ForkParams) -> Answer:
     """Makes a second live model out of one."""
-    source = task.find(params.model)
     host = task.context.host
-    new = await task.lanes.change.run(_by(task, lambda: host.fork(source.name, params.name)))
+    try:
+        source = task.find(params.model)
+        new = await task.lanes.change.run(_by(task, lambda: host.fork(source.name, params.name)))
+    except GraphoptError as error:
+        _log_refused(task, params.name, error)
+        raise
     task.made_revision = new.revision
     return Answer({"model": new.name, "from_model": source.name, "revision": new.revision})
 
@@ -166,17 +170,7 @@ async def load(task: Task, params: LoadParams) -> Answer:
         model = await task.lanes.change.run(_by(task, lambda: host.load(graph, params.name)))
     except GraphoptError as error:
         close_all(descriptors)
-        emit(
-            "model.refused",
-            graph=params.name,
-            code=error.code,
-            message=error.message,
-            where=error.where or None,
-            remedy=error.remedy or None,
-            detail=[list(pair) for pair in error.detail] or None,
-            source=SOURCE,
-            peer_uid=task.peer.uid,
-        )
+        _log_refused(task, params.name, error)
         raise
     task.made_revision = model.revision
     return Answer({"model": model.name, "revision": model.revision, "nodes": len(model.graph)})
@@ -290,4 +284,18 @@ def _log_rejected(
         source=SOURCE,
         peer_uid=task.peer.uid,
         dry_run=dry_run or None,
+    )
+
+
+def _log_refused(task: Task, graph: str, error: GraphoptError) -> None:
+    emit(
+        "model.refused",
+        graph=graph,
+        code=error.code,
+        message=error.message,
+        where=error.where or None,
+        remedy=error.remedy or None,
+        detail=[list(pair) for pair in error.detail] or None,
+        source=SOURCE,
+        peer_uid=task.peer.uid,
     )

@@ -13,7 +13,7 @@ import logging
 import os
 import socket
 from collections import Counter
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -22,7 +22,6 @@ from graphopt.errors import (
     AccessDeniedError,
     BusyError,
     GraphoptError,
-    LimitError,
     ProtocolError,
 )
 from graphoptd.control import listening
@@ -31,11 +30,9 @@ from graphoptd.control.connection import Connection, Deadlines
 from graphoptd.control.context import ControlContext
 from graphoptd.control.levels import Level, Peer, level_of, peer_of
 from graphoptd.control.methods import decode_params, find_method, log_denied
+from graphoptd.control.replies import reply_lines
 from graphoptd.control.task import Answer, Task
 from graphoptd.control.wire import (
-    LINE_BYTES_MAX,
-    PART_BYTES,
-    dump_line,
     error_line,
     result_line,
 )
@@ -215,9 +212,9 @@ class ControlServer:
             answer = await self._answer(task)
             rows = answer.result.get(answer.rows, ())
             if len(rows) < _ROWS_INLINE_MAX:
-                replies = _replies(task, answer)
+                replies = reply_lines(task, answer)
             else:
-                replies = await self._lanes.look.run(partial(_replies, task, answer))
+                replies = await self._lanes.look.run(partial(reply_lines, task, answer))
             for reply in replies:
                 await connection.send(reply)
         except GraphoptError as error:
@@ -261,42 +258,6 @@ class ControlServer:
         task = asyncio.get_running_loop().create_task(run())
         self._background.add(task)
         task.add_done_callback(self._background.discard)
-
-
-def _replies(task: Task, answer: Answer) -> list[bytes]:
-    """The lines of an answer: one, or with `more` as many as its rows need."""
-    head = {name: value for name, value in answer.result.items() if name != answer.rows}
-    rows: list[Any] = answer.result.get(answer.rows, [])
-    # Row by row, so that the interpreter lock is never held for the whole of a large answer.
-    sizes = [len(dump_line({"row": row})) for row in rows]
-    if sum(sizes) < PART_BYTES:
-        return [_checked(task, answer.result)]
-    if not task.call.more:
-        raise _too_long(task, sum(sizes))
-    replies = []
-    first, size = 0, 0
-    for number, row_bytes in enumerate(sizes):
-        if number > first and size + row_bytes > PART_BYTES:
-            part = {answer.rows: rows[first:number]}
-            replies.append(result_line(task.call, part, task.revision, continues=True))
-            first, size = number, 0
-        size += row_bytes
-    return [*replies, _checked(task, {**head, answer.rows: rows[first:]})]
-
-
-def _checked(task: Task, result: Mapping[str, Any]) -> bytes:
-    line = result_line(task.call, result, task.revision)
-    if len(line) > LINE_BYTES_MAX:
-        raise _too_long(task, len(line))
-    return line
-
-
-def _too_long(task: Task, size_bytes: int) -> LimitError:
-    return LimitError(
-        f"the answer takes {size_bytes} bytes, at most {PART_BYTES} go into one line",
-        where=task.call.method,
-        remedy="call with more: true to get it in parts, or ask for less",
-    )
 
 
 def _turn_away(connected: socket.socket, reason: GraphoptError) -> None:

@@ -17,6 +17,7 @@ from graphoptd.ctl.output import (
 Result = Mapping[str, Any]
 
 _HASH_CHARS = 12  # of a hash that people compare at sight
+_ID_CHARS = 20  # of a delta id in a table; --json has all of it
 
 
 def status(result: Result) -> None:
@@ -88,7 +89,7 @@ def history(result: Result) -> None:
             datetime.fromtimestamp(row["wall_s"]).strftime("%Y-%m-%d %H:%M:%S"),
             row["kind"],
             row["summary"],
-            row["delta_id"],
+            _shortened(row["delta_id"]),
             row["graph_hash"][:_HASH_CHARS],
         )
         for row in result["history"]
@@ -208,3 +209,7 @@ def log_line(line: dict[str, Any]) -> None:
 def _field(value: Any) -> str:
     text = word(value)
     return f'"{clean(text)}"' if not text or set(text) & set(' ="') else text
+
+
+def _shortened(id_: str | None) -> str | None:
+    return id_ if id_ is None or len(id_) <= _ID_CHARS else f"{id_[: _ID_CHARS - 3]}..."
