@@ -63,7 +63,7 @@ choose_torch() { # sets `wanted`; may turn auto into system before the environme
         make_venv
     else
         fail "no GPU is here, and the package index has no CPU build of torch ($cpu_build). Either
-  name an index that has it:  PIP_ARGS='--extra-index-url URL'  (pytorch.org, \"Get started\", CPU names one; 0.2 GB)
+  name an index that has it:  PIP_ARGS='--extra-index-url URL'  (the installation page of PyTorch names one; 0.2 GB)
   or take the build with CUDA:  TORCH=cuda  (about 3 GB)"
     fi
 }
