@@ -1,8 +1,11 @@
-"""What an edit costs as the graph grows: apply, facts and plan of one-node deltas on encoders of 1,000 to 50,000 nodes.
+"""What an edit costs as the graph grows: apply, facts and plan of one-node deltas on encoders of
+1,000 to 50,000 nodes.
 
-The delta inserts a shape-preserving node in one layer, the other takes it out again; a third swaps a weight. All three stages run as they do
-on the live path, without the journal. Sizes are interleaved round by round, medians over all rounds; `from scratch` is one analysis and one
-plan of the whole graph for comparison. Target: from 1,000 to 50,000 nodes the time grows by at most 1.5x, at most 2% of nodes re-inferred.
+The delta inserts a shape-preserving node in one layer, the other takes it out again; a third swaps
+a weight. All three stages run as they do on the live path, without the journal. Sizes are
+interleaved round by round, medians over all rounds; `from scratch` is one analysis and one plan of
+the whole graph for comparison. Target: from 1,000 to 50,000 nodes the time grows by at most 1.5x,
+at most 2% of nodes re-inferred.
 
     python -m benchmarks.analysis_scaling [--rounds 40]
 """
@@ -42,7 +45,9 @@ class Subject:
     make: EagerBuilder
     scratch_s: float
     n_layers: int
-    times_s: dict[str, dict[str, list[float]]] = field(default_factory=lambda: {k: {s: [] for s in STAGES} for k in KINDS})
+    times_s: dict[str, dict[str, list[float]]] = field(
+        default_factory=lambda: {k: {s: [] for s in STAGES} for k in KINDS}
+    )
     inferred: list[int] = field(default_factory=list)
 
     def run(self, kind: str, delta: Delta) -> None:
@@ -55,14 +60,18 @@ class Subject:
         plan, _ = replan(self.plan, done, self.plan.revision + 1, self.make)
         end = time.perf_counter()
         self.facts, self.plan = done.facts, plan
-        for stage, seconds in zip(STAGES, (middle - start, planned - middle, end - planned), strict=True):
+        for stage, seconds in zip(
+            STAGES, (middle - start, planned - middle, end - planned), strict=True
+        ):
             self.times_s[kind][stage].append(seconds)
         self.inferred.append(len(done.reran.get("type", ())))
 
 
 def main() -> None:
     """Measures every size and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=40)
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
@@ -76,7 +85,9 @@ def main() -> None:
         for each in subjects:
             layer = f"layer.{choose.randrange(each.n_layers)}"
             up, gate = Ref(f"{layer}/up"), Ref("gate")
-            each.run("insert", Delta([AddNode("gate", "aten.sigmoid.default", (up,)), Rewire(up, gate)]))
+            each.run(
+                "insert", Delta([AddNode("gate", "aten.sigmoid.default", (up,)), Rewire(up, gate)])
+            )
             each.run("remove", Delta([Rewire(gate, up), RemoveNode("gate")]))
             each.run("weights", Delta([PutConstant(f"{layer}/up.weight", weight[number % 2])]))
             if number < 3:  # warm-up
@@ -107,14 +118,23 @@ def rows(subjects: list[Subject]) -> list[dict[str, Any]]:
             stages = each.times_s[kind]
             total = statistics.median(map(sum, zip(*stages.values(), strict=True)))
             totals.append(total)
-            found.append({
-                "edit": kind, "nodes": len(each.facts.graph), "total_ms": total * 1e3,
-                **{f"{stage}_ms": statistics.median(stages[stage]) * 1e3 for stage in STAGES},
-                "p99_ms": sorted(map(sum, zip(*stages.values(), strict=True)))[int(0.99 * (len(stages["apply"]) - 1))] * 1e3,
-                "growth": total / totals[0], "target": TARGET_GROWTH,
-                "inferred_pct": 100 * max(each.inferred) / len(each.facts.graph), "inferred_target_pct": TARGET_INFERRED_PCT,
-                "scratch_ms": each.scratch_s * 1e3,
-            })  # fmt: skip
+            found.append(
+                {
+                    "edit": kind,
+                    "nodes": len(each.facts.graph),
+                    "total_ms": total * 1e3,
+                    **{f"{stage}_ms": statistics.median(stages[stage]) * 1e3 for stage in STAGES},
+                    "p99_ms": sorted(map(sum, zip(*stages.values(), strict=True)))[
+                        int(0.99 * (len(stages["apply"]) - 1))
+                    ]
+                    * 1e3,
+                    "growth": total / totals[0],
+                    "target": TARGET_GROWTH,
+                    "inferred_pct": 100 * max(each.inferred) / len(each.facts.graph),
+                    "inferred_target_pct": TARGET_INFERRED_PCT,
+                    "scratch_ms": each.scratch_s * 1e3,
+                }
+            )
     return found
 
 

@@ -1,8 +1,9 @@
 """Deltas: the one way a graph changes.
 
-A delta is a transaction of edits, all applied or none, and a pure function from one graph to the next. The primitive edits are the closed
-union `Primitive`; macros (`graphopt.macros`) are edits that expand into primitives against the graph they meet. Clients send deltas,
-passes return them, the journal stores them expanded, undo inverts them.
+A delta is a transaction of edits, all applied or none, and a pure function from one graph to the
+next. The primitive edits are the closed union `Primitive`; macros (`graphopt.macros`) are edits
+that expand into primitives against the graph they meet. Clients send deltas, passes return them,
+the journal stores them expanded, undo inverts them.
 
 Laws, proven in tests/property/test_delta_laws.py:
     apply(apply(g, a), b) == apply(g, compose(a, b))
@@ -59,7 +60,9 @@ class RemoveNode:
 
 @dataclass(frozen=True, slots=True)
 class Rewire:
-    """`users` (None: all) read `target` where they read `source`; `output:NAME` names a graph output."""
+    """`users` (None: all) read `target` where they read `source`; `output:NAME` names a graph
+    output.
+    """
 
     source: Ref
     target: Ref
@@ -100,7 +103,9 @@ class SetAttr:
 
 @dataclass(frozen=True, slots=True, init=False)
 class PutConstant:
-    """A constant gets a value, or appears. `is_param` None keeps the mark of an existing one (new ones are parameters)."""
+    """A constant gets a value, or appears. `is_param` None keeps the mark of an existing one (new
+    ones are parameters).
+    """
 
     name: str
     constant: Constant
@@ -146,7 +151,9 @@ class DropConstant:
 
 @dataclass(frozen=True, slots=True)
 class AddInput:
-    """A new model input, at `position` (None: last). `symbols` gives ranges to dims the graph does not know yet."""
+    """A new model input, at `position` (None: last). `symbols` gives ranges to dims the graph does
+    not know yet.
+    """
 
     name: str
     type: TensorType
@@ -209,7 +216,9 @@ class Macro(Protocol):
     """An edit that means primitives, depending on the graph it meets."""
 
     def expand(self, draft: Draft) -> Iterable[Primitive]:
-        """The primitives this edit means in `draft`; reads the draft, never changes it. Raises DeltaError subclasses."""
+        """The primitives this edit means in `draft`; reads the draft, never changes it. Raises
+        DeltaError subclasses.
+        """
 
 
 Edit = Primitive | Macro
@@ -254,7 +263,9 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """A delta's outcome on the graph level: the next graph, what differs, and the primitives it came down to."""
+    """A delta's outcome on the graph level: the next graph, what differs, and the primitives it
+    came down to.
+    """
 
     graph: Graph
     change: Change
@@ -269,7 +280,9 @@ def apply(graph: Graph, delta: Delta) -> Graph:
 def apply_fully(
     graph: Graph, delta: Delta, types: Callable[[Ref], ValueType] | None = None
 ) -> Applied:
-    """Like `apply`, and says what changed and what the macros expanded to. `types` answers macros that ask for a value's type."""
+    """Like `apply`, and says what changed and what the macros expanded to. `types` answers macros
+    that ask for a value's type.
+    """
     draft = Draft(graph, types)
     expansion: list[Primitive] = []
     for idx, edit in enumerate(delta.edits):
@@ -309,7 +322,8 @@ def compose(first: Delta, second: Delta) -> Delta:
 
 
 def difference(old: Graph, new: Graph, change: Change | None = None) -> Delta:
-    """Primitives that make `new` of `old`. `change` (between the two, either way round) limits the search to what it names.
+    """Primitives that make `new` of `old`. `change` (between the two, either way round) limits the
+    search to what it names.
 
     Without it every id is compared: O(n), by identity where the graphs share structure.
     """
@@ -363,7 +377,9 @@ def _tied(graph: Graph) -> dict[str, tuple[str, ...]]:
 
 
 def _input_edits(old: Graph, new: Graph) -> list[Primitive]:
-    """Drops every input from the first difference on and adds the new ones: order is part of the interface, and so are ranges."""
+    """Drops every input from the first difference on and adds the new ones: order is part of the
+    interface, and so are ranges.
+    """
     moved = {symbol.name for symbol in set(old.symbols) ^ set(new.symbols)}
     same = 0
     for before, after in zip(old.inputs, new.inputs, strict=False):

@@ -1,8 +1,10 @@
 """Symbolic dimensions: integer polynomials over named symbols.
 
-A dimension is an `int`, or an `Expr` when it depends on a symbol such as `batch`. Most are affine; products come from reshapes that
-merge two dynamic dims, floor divisions from strided windows. Equality is structural on a normal form, so `2*batch + batch` equals
-`3*batch`; nothing here solves equations or guesses ranges (that is what torch's own shape environment does, at milliseconds an op).
+A dimension is an `int`, or an `Expr` when it depends on a symbol such as `batch`. Most are affine;
+products come from reshapes that merge two dynamic dims, floor divisions from strided windows.
+Equality is structural on a normal form, so `2*batch + batch` equals `3*batch`; nothing here solves
+equations or guesses ranges (that is what torch's own shape environment does, at milliseconds an
+op).
 
 >>> batch, seq = symbol("batch"), symbol("seq")
 >>> str(batch * seq + 2 * batch - batch)
@@ -136,7 +138,9 @@ def minimum(left: Dim, right: Dim) -> Dim:
 
 
 def bounds(dim: Dim, ranges: Mapping[str, tuple[int, int | None]]) -> tuple[int | None, int | None]:
-    """Bounds that `dim` surely keeps where each symbol lies in its range and is not negative; None where there is none. Not tight."""
+    """Bounds that `dim` surely keeps where each symbol lies in its range and is not negative; None
+    where there is none. Not tight.
+    """
     if isinstance(dim, int):
         return dim, dim
     low: int | None = 0
@@ -145,10 +149,13 @@ def bounds(dim: Dim, ranges: Mapping[str, tuple[int, int | None]]) -> tuple[int 
         least: int | None = 1
         most: int | None = 1
         for atom in monomial:
-            small, large = ranges.get(atom, (0, None)) if isinstance(atom, str) else _call_bounds(atom, ranges)
+            small, large = (
+                ranges.get(atom, (0, None)) if isinstance(atom, str) else _call_bounds(atom, ranges)
+            )
             if small is None or small < 0:
                 return None, None
-            least, most = least * small, None if most is None or large is None else most * large
+            least = None if least is None else least * small
+            most = None if most is None or large is None else most * large
         if coefficient < 0:
             least, most = most, least
         low = None if low is None or least is None else low + least * coefficient
@@ -158,7 +165,9 @@ def bounds(dim: Dim, ranges: Mapping[str, tuple[int, int | None]]) -> tuple[int 
 
 def simplify(dim: Dim, ranges: Mapping[str, tuple[int, int | None]]) -> Dim:
     """`dim` with each `max` and `min` that the ranges decide replaced by what it comes to."""
-    if isinstance(dim, int) or not any(isinstance(atom, Call) for monomial, _ in dim.terms for atom in monomial):
+    if isinstance(dim, int) or not any(
+        isinstance(atom, Call) for monomial, _ in dim.terms for atom in monomial
+    ):
         return dim
     total: Dim = 0
     for monomial, coefficient in dim.terms:
@@ -180,7 +189,9 @@ def _simplify_call(call: Call, ranges: Mapping[str, tuple[int, int | None]]) -> 
     return _CALLS[call.op](left, right)
 
 
-def _call_bounds(call: Call, ranges: Mapping[str, tuple[int, int | None]]) -> tuple[int | None, int | None]:
+def _call_bounds(
+    call: Call, ranges: Mapping[str, tuple[int, int | None]]
+) -> tuple[int | None, int | None]:
     (a, b), (c, d) = bounds(call.left, ranges), bounds(call.right, ranges)
     if call.op in ("max", "min"):
         both = [[v for v in pair if v is not None] for pair in ((a, c), (b, d))]
@@ -203,7 +214,9 @@ def product(dims: Iterable[Dim]) -> Dim:
 
 
 def evaluate(dim: Dim, values: Mapping[str, int]) -> int:
-    """The value of `dim` where each symbol has the value given; KeyError names a symbol without one."""
+    """The value of `dim` where each symbol has the value given; KeyError names a symbol without
+    one.
+    """
     if isinstance(dim, int):
         return dim
     total = 0

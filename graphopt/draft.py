@@ -1,16 +1,17 @@
 """A graph being edited: mutable maps over a graph's persistent ones, finished into the next graph.
 
-Edits may pass through states that are not graphs (a node removed while still used); `finish` checks the final state, only where it was
-touched. The draft records what it touched, which `change` returns for incremental analysis.
+Edits may pass through states that are not graphs (a node removed while still used); `finish` checks
+the final state, only where it was touched. The draft records what it touched, which `change`
+returns for incremental analysis.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import immutables
 
+from graphopt.change import OUTPUT_PREFIX, Change
+from graphopt.dims import symbols_of
 from graphopt.errors import (
-    CycleError,
     DeltaError,
     DuplicateNodeError,
     NodeInUseError,
@@ -18,30 +19,28 @@ from graphopt.errors import (
     UnknownNodeError,
     nearest,
 )  # fmt: skip
-from graphopt.dims import symbols_of
-from graphopt.graph import HASH_MODULUS, Constant, Graph, Node, Ref, Symbol, part_digest
+from graphopt.graph import (
+    HASH_MODULUS,
+    Constant,
+    Graph,
+    Node,
+    Ref,
+    Symbol,
+    alias_digest,
+    const_digest,
+    frame_digest,
+)
 from graphopt.limits import NAME_CHARS_MAX
-from graphopt.order import GAP, LabelsExhaustedError, place, repair, topological
+from graphopt.order import update_labels
 from graphopt.types import TensorType, ValueType
 
-OUTPUT_PREFIX = "output:"  # the user `output:logits` is the graph output called logits
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """What differs between two graphs, by id. Derived facts outside what these reach are the same in both."""
-
-    nodes: frozenset[str] = frozenset()  # added, or with another op or arguments
-    removed: frozenset[str] = frozenset()
-    used: frozenset[str] = frozenset()  # values (nodes and inputs) whose set of users differs
-    relabelled: frozenset[str] = frozenset()  # nodes whose topological label differs
-    constants: frozenset[str] = frozenset()  # put, replaced, dropped, or with other tied names
-    inputs: frozenset[str] = frozenset()  # added, dropped or of another type
-    outputs: bool = False
+__all__ = ["OUTPUT_PREFIX", "Change", "Draft"]
 
 
 class Draft:
-    """One graph on its way to the next. Every method raises DeltaError subclasses; a raised draft is thrown away."""
+    """One graph on its way to the next. Every method raises DeltaError subclasses; a raised draft
+    is thrown away.
+    """
 
     def __init__(self, graph: Graph, types: Callable[[Ref], ValueType] | None = None) -> None:
         """`types` answers for `graph`'s values; macros that ask about types need it."""
@@ -96,7 +95,8 @@ class Draft:
         matched = False
         for user in chosen:
             if user == new.id and users is None:
-                continue  # a node inserted after `old` reads it; rewiring that use would tie it to itself
+                # a node inserted after `old` reads it; rewiring that use would tie it to itself
+                continue
             matched |= self._rewire_user(user, old, new, is_explicit=users is not None)
         if not matched:
             raise DeltaError(
@@ -141,9 +141,15 @@ class Draft:
         self._touched_aliases.add(alias)
 
     def add_input(
-        self, name: str, type_: TensorType, position: int | None = None, symbols: Iterable[Symbol] = ()
+        self,
+        name: str,
+        type_: TensorType,
+        position: int | None = None,
+        symbols: Iterable[Symbol] = (),
     ) -> None:
-        """Adds a model input at `position` (None: at the end); `symbols` gives ranges to dims that are new."""
+        """Adds a model input at `position` (None: at the end); `symbols` gives ranges to dims that
+        are new.
+        """
         self._check_free(name)
         items = list(self.inputs.items())
         items.insert(len(items) if position is None else position, (name, type_))
@@ -163,7 +169,8 @@ class Draft:
             )
         del self.inputs[name]
         self._touched_uses.add(name)
-        # At once, not in `finish`: an input added later in the delta brings its own ranges, as it would in a delta of its own.
+        # At once, not in `finish`: an input added later in the delta brings its own ranges, as it
+        # would in a delta of its own.
         self._drop_unused_symbols()
 
     def set_outputs(self, outputs: tuple[tuple[str, Ref], ...]) -> None:
@@ -191,13 +198,23 @@ class Draft:
 
     def order_key(self, id: str) -> tuple[int, str]:
         """The sort key of a value by its place before the edits; values that are new sort last."""
-        return self.base.order_key(id) if id in self.base.labels or id not in self.nodes else (1 << 1024, id)
+        return (
+            self.base.order_key(id)
+            if id in self.base.labels or id not in self.nodes
+            else (1 << 1024, id)
+        )
 
     def type_of(self, ref: Ref) -> ValueType | None:
         """The type a value had before the edits; None for a value that is new."""
         if self._types is None:
-            raise DeltaError("this edit needs types", where=ref.id, remedy="apply it with the graph's facts")
-        return self._types(ref) if ref.id in self.base.nodes or ref.id in dict(self.base.inputs) else None
+            raise DeltaError(
+                "this edit needs types", where=ref.id, remedy="apply it with the graph's facts"
+            )
+        return (
+            self._types(ref)
+            if ref.id in self.base.nodes or ref.id in dict(self.base.inputs)
+            else None
+        )
 
     def aliases_of(self, name: str) -> list[str]:
         """The other names of the constant `name`."""
@@ -217,18 +234,30 @@ class Draft:
     # -- finish
 
     def finish(self) -> Graph:
-        """The graph as edited; checks everything touched. Raises the DeltaError that says what is wrong."""
+        """The graph as edited; checks everything touched. Raises the DeltaError that says what is
+        wrong.
+        """
         self._check_references()
         self._fix_order()
         self._drop_unused_symbols()
         return Graph(
-            self.name, self.nodes.finish(), tuple(self.inputs.items()), self.outputs, self.constants.finish(),
-            self.aliases.finish(), self.symbols, self.users.finish(), self.const_users.finish(), self.labels.finish(),
+            self.name,
+            self.nodes.finish(),
+            tuple(self.inputs.items()),
+            self.outputs,
+            self.constants.finish(),
+            self.aliases.finish(),
+            self.symbols,
+            self.users.finish(),
+            self.const_users.finish(),
+            self.labels.finish(),
             self._digest(),
-        )  # fmt: skip
+        )
 
     def change(self, graph: Graph) -> Change:
-        """What `graph`, finished from this draft, differs in from the base; edits that cancel out are left out."""
+        """What `graph`, finished from this draft, differs in from the base; edits that cancel out
+        are left out.
+        """
         base = self.base
         nodes = {
             id
@@ -242,22 +271,35 @@ class Draft:
             for n in old_inputs.keys() | new_inputs.keys()
             if old_inputs.get(n) != new_inputs.get(n)
         }
-        constants = {n for n in self._touched_consts if base.constants.get(n) != graph.constants.get(n)}
+        constants = {
+            n for n in self._touched_consts if base.constants.get(n) != graph.constants.get(n)
+        }
         for alias in self._touched_aliases:
             tied = {base.aliases.get(alias), graph.aliases.get(alias)}
             constants |= {name for name in tied if name is not None} if len(tied) > 1 else set()
         return Change(
-            frozenset(nodes), frozenset(removed),
+            frozenset(nodes),
+            frozenset(removed),
             frozenset(id for id in self._touched_uses if base.users.get(id) != graph.users.get(id)),
-            frozenset(id for id in self._relabelled if base.labels.get(id) != graph.labels.get(id) and id in graph.nodes),
-            frozenset(constants), frozenset(inputs), base.outputs != graph.outputs,
-        )  # fmt: skip
+            frozenset(
+                id
+                for id in self._relabelled
+                if base.labels.get(id) != graph.labels.get(id) and id in graph.nodes
+            ),
+            frozenset(constants),
+            frozenset(inputs),
+            base.outputs != graph.outputs,
+        )
 
     # -- helpers
 
     def _drop_unused_symbols(self) -> None:
-        used = set().union(*(symbols_of(dim) for type_ in self.inputs.values() for dim in type_.shape))
-        self.symbols = tuple(sorted((s for s in self.symbols if s.name in used), key=lambda s: s.name))
+        used = set().union(
+            *(symbols_of(dim) for type_ in self.inputs.values() for dim in type_.shape)
+        )
+        self.symbols = tuple(
+            sorted((s for s in self.symbols if s.name in used), key=lambda s: s.name)
+        )
 
     def _check_free(self, id: str) -> None:
         self._check_name(id)
@@ -275,7 +317,10 @@ class Draft:
             or any(c.isspace() or c in "$,()[]{}'\"=" for c in name)
         )
         if bad or name.startswith(("@", OUTPUT_PREFIX)):
-            remedy = f"use at most {NAME_CHARS_MAX} characters without spaces, quotes, brackets, commas, = or $"
+            remedy = (
+                f"use at most {NAME_CHARS_MAX} characters "
+                "without spaces, quotes, brackets, commas, = or $"
+            )
             raise DeltaError(f"{name!r} is not a name", where=name[:80], remedy=remedy)
 
     def _rewire_user(self, user: str, old: Ref, new: Ref, *, is_explicit: bool) -> bool:
@@ -375,12 +420,18 @@ class Draft:
         self._check_aliases()
 
     def _check_aliases(self) -> None:
-        """No node may still use a tied name that went away: its constant may exist again without it."""
+        """No node may still use a tied name that went away: its constant may exist again without
+        it.
+        """
         for alias in self._touched_aliases:
             target = self.base.aliases.get(alias)
             if target is None or alias in self.aliases or alias in self.constants:
                 continue
-            used = [user for user in self.const_users.get(target, _EMPTY) if alias in self.get_node(user).consts]
+            used = [
+                user
+                for user in self.const_users.get(target, _EMPTY)
+                if alias in self.get_node(user).consts
+            ]
             if used:
                 raise NodeInUseError(
                     f"{alias} is tied to {target} no longer but is used by {', '.join(sorted(used))}",
@@ -408,51 +459,21 @@ class Draft:
             if id not in self.nodes and id in self.labels:
                 del self.labels[id]
         fresh = [id for id in self._touched_nodes if id in self.nodes and id not in self.labels]
-        if not self.labels:  # dict keys keep the order in which the nodes were added
-            self._relabel(topological(fresh, self._operands, self._users))
-            return
-        try:
-            order = topological(sorted(fresh), self._operands, self._users)
-            place(self.labels, order, self._operands, self._users)
-            self._relabelled.update(fresh)
-            self._repair_edges()
-        except LabelsExhaustedError:
-            self._relabel(topological(self._by_label(fresh), self._operands, self._users))
+        edges = sorted(edge for edge in self._new_edges if self._is_edge(*edge))
+        moved = update_labels(
+            self.labels, fresh, edges, self._operands, self._users, self._by_label
+        )
+        self._relabelled.update(moved)
 
-    def _repair_edges(self) -> None:
-        """Moves labels until every new edge agrees with them, one edge at a time.
-
-        Edges not yet repaired are hidden from the search: Pearce and Kelly insert one edge into a valid order.
-        """
-        pending = [edge for edge in sorted(self._new_edges) if self._is_against_order(*edge)]
-        hidden = set(pending)
-        for source, target in pending:
-            hidden.discard((source, target))
-            if source == target:
-                raise CycleError(f"{source} would use itself", where=source)
-            moved = repair(
-                self.labels,
-                source,
-                target,
-                lambda id: [op for op in self._operands(id) if (op, id) not in hidden],
-                lambda id: [user for user in self._users(id) if (id, user) not in hidden],
-            )
-            self._relabelled.update(moved)
-
-    def _is_against_order(self, source: str, target: str) -> bool:
+    def _is_edge(self, source: str, target: str) -> bool:
         node = self.nodes.get(target)
-        if node is None or source not in self.nodes or all(ref.id != source for ref in node.refs):
-            return False
-        return bool(self.labels[source] >= self.labels[target])
+        return (
+            node is not None and source in self.nodes and any(ref.id == source for ref in node.refs)
+        )
 
-    def _by_label(self, fresh: list[str]) -> list[str]:
-        old = [id for id in self.base.nodes if id in self.nodes and id in self.base.labels]
-        return [*sorted(old, key=self.base.order_key), *sorted(set(fresh) - set(old))]
-
-    def _relabel(self, order: list[str]) -> None:
-        for position, id in enumerate(order):
-            self.labels[id] = (position + 1) * GAP
-        self._relabelled.update(order)
+    def _by_label(self) -> list[str]:
+        """The nodes of the base that are still there, in its order."""
+        return sorted((id for id in self.base.nodes if id in self.nodes), key=self.base.order_key)
 
     def _digest(self) -> int:
         base = self.base
@@ -461,32 +482,16 @@ class Draft:
             old, new = base.nodes.get(id), self.nodes.get(id)
             total += (new.digest if new else 0) - (old.digest if old else 0)
         for name in self._touched_consts:
-            total += _const_digest(name, self.constants.get(name)) - _const_digest(
+            total += const_digest(name, self.constants.get(name)) - const_digest(
                 name, base.constants.get(name)
             )
         for alias in self._touched_aliases:
-            total += _alias_digest(alias, self.aliases.get(alias)) - _alias_digest(
+            total += alias_digest(alias, self.aliases.get(alias)) - alias_digest(
                 alias, base.aliases.get(alias)
             )
-        total += _frame_digest(tuple(self.inputs.items()), self.outputs, self.symbols)
-        total -= _frame_digest(base.inputs, base.outputs, base.symbols)
+        total += frame_digest(tuple(self.inputs.items()), self.outputs, self.symbols)
+        total -= frame_digest(base.inputs, base.outputs, base.symbols)
         return total % HASH_MODULUS
 
 
 _EMPTY: "immutables.Map[str, int]" = immutables.Map()
-
-
-def _const_digest(name: str, constant: Constant | None) -> int:
-    return (
-        part_digest("const", name, constant.digest, str(constant.type), constant.is_param)
-        if constant
-        else 0
-    )
-
-
-def _alias_digest(alias: str, name: str | None) -> int:
-    return part_digest("alias", alias, name) if name is not None else 0
-
-
-def _frame_digest(inputs: object, outputs: object, symbols: object) -> int:
-    return part_digest("frame", inputs, outputs, symbols) if (inputs or outputs or symbols) else 0

@@ -1,8 +1,9 @@
 """The model as an immutable value: nodes, inputs, outputs and constants, with structural sharing.
 
-A `Graph` never changes; `graphopt.draft.Draft` makes the next one, copying only what an edit touches. Beside the model itself a graph
-keeps three indexes that are functions of it: who uses each value, who uses each constant, and a sparse topological label for each node.
-Labels are not part of the value: two graphs are equal when name and content are equal, however they came to be.
+A `Graph` never changes; `graphopt.draft.Draft` makes the next one, copying only what an edit
+touches. Beside the model itself a graph keeps three indexes that are functions of it: who uses each
+value, who uses each constant, and a sparse topological label for each node. Labels are not part of
+the value: two graphs are equal when name and content are equal, however they came to be.
 
 Deliberately absent: types (`graphopt.analysis` infers them), devices, execution order.
 """
@@ -47,7 +48,9 @@ Arg = Any  # None | bool | int | float | str | Ref | Const | tuple[Arg, ...]
 
 
 class Node:
-    """One op applied to arguments, immutable. `args` follow the schema's positional parameters, trailing defaults left out."""
+    """One op applied to arguments, immutable. `args` follow the schema's positional parameters,
+    trailing defaults left out.
+    """
 
     __slots__ = ("_digest", "args", "consts", "id", "kwargs", "op", "refs", "spec")
 
@@ -105,7 +108,8 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Constant:
-    """A tensor by content hash. `is_param` marks learned parameters; others are buffers and lifted tensors.
+    """A tensor by content hash. `is_param` marks learned parameters; others are buffers and lifted
+    tensors.
 
     `tensor` is the data (torch.Tensor, never written to); equality is by content.
     """
@@ -135,11 +139,23 @@ class Symbol:
 
 
 class Graph:
-    """An immutable model graph; see the module docstring. Build one with `Graph.build`, edit it with deltas."""
+    """An immutable model graph; see the module docstring. Build one with `Graph.build`, edit it
+    with deltas.
+    """
 
     __slots__ = (
-        "aliases", "const_users", "constants", "digest", "inputs", "labels", "name", "nodes", "outputs", "symbols", "users",
-    )  # fmt: skip
+        "aliases",
+        "const_users",
+        "constants",
+        "digest",
+        "inputs",
+        "labels",
+        "name",
+        "nodes",
+        "outputs",
+        "symbols",
+        "users",
+    )
 
     def __init__(
         self,
@@ -186,7 +202,9 @@ class Graph:
         return node
 
     def get_constant(self, name: str) -> Constant:
-        """The constant called `name`, through its alias when it is a tied name; UnknownConstantError otherwise."""
+        """The constant called `name`, through its alias when it is a tied name;
+        UnknownConstantError otherwise.
+        """
         constant = self.constants.get(self.aliases.get(name, name))
         if constant is None:
             known = [*self.constants, *self.aliases]
@@ -246,7 +264,9 @@ class Graph:
         aliases: Mapping[str, str] | None = None,
         symbols: Iterable[Symbol] = (),
     ) -> "Graph":
-        """A graph from its parts, checked as a delta would be. Nodes may come in any order. Raises DeltaError subclasses."""
+        """A graph from its parts, checked as a delta would be. Nodes may come in any order. Raises
+        DeltaError subclasses.
+        """
         from graphopt.draft import Draft  # Draft builds on Graph
 
         draft = Draft(cls.empty(name))
@@ -266,6 +286,25 @@ class Graph:
 def part_digest(kind: str, *parts: Any) -> int:
     """The share of one part (an input, a constant, ...) in a graph's hash."""
     return _hash(kind, *parts)
+
+
+def const_digest(name: str, constant: Constant | None) -> int:
+    """The share of a constant in a graph's hash; 0 where there is none."""
+    return (
+        part_digest("const", name, constant.digest, str(constant.type), constant.is_param)
+        if constant
+        else 0
+    )
+
+
+def alias_digest(alias: str, name: str | None) -> int:
+    """The share of a tied name in a graph's hash; 0 where there is none."""
+    return part_digest("alias", alias, name) if name is not None else 0
+
+
+def frame_digest(inputs: object, outputs: object, symbols: object) -> int:
+    """The share of inputs, outputs and symbols in a graph's hash; 0 while there are none."""
+    return part_digest("frame", inputs, outputs, symbols) if (inputs or outputs or symbols) else 0
 
 
 def _hash(*parts: Any) -> int:

@@ -1,8 +1,9 @@
 """What an op takes and returns, from torch's own registry, and whether it may stand in a graph.
 
-An op is named as torch names its overload, `aten.linear.default`; arithmetic on symbolic integers has the few `sym.*` ops below. An
-op may be used when it is functional: it does not mutate, has no `out=`, is not random, and touches neither files nor devices. Output
-shapes that depend on tensor contents (`nonzero`) are refused too: nothing downstream could be typed.
+An op is named as torch names its overload, `aten.linear.default`; arithmetic on symbolic integers
+has the few `sym.*` ops below. An op may be used when it is functional: it does not mutate, has no
+`out=`, is not random, and touches neither files nor devices. Output shapes that depend on tensor
+contents (`nonzero`) are refused too: nothing downstream could be typed.
 """
 
 import re
@@ -28,7 +29,8 @@ SYM_OPS: dict[str, Callable[..., Dim]] = {
     "sym.max": dims.maximum,
     "sym.min": dims.minimum,
 }
-# Functional by their schema, and yet not to be let in: they open a path, or hand out memory nobody wrote.
+# Functional by their schema, and yet not to be let in: they open a path, or hand out memory nobody
+# wrote.
 _FORBIDDEN = frozenset(
     {
         "from_file",
@@ -49,7 +51,9 @@ _MEMORY_FORMATS = ("contiguous_format", "channels_last", "channels_last_3d", "pr
 
 @dataclass(frozen=True, slots=True)
 class Param:
-    """One parameter of an op. `kind` is the schema's element type: Tensor, int, float, number, bool, str, ScalarType, ..."""
+    """One parameter of an op. `kind` is the schema's element type: Tensor, int, float, number,
+    bool, str, ScalarType, ...
+    """
 
     name: str
     kind: str
@@ -63,7 +67,9 @@ class Param:
 
 @dataclass(frozen=True, slots=True)
 class OpSpec:
-    """The signature of an op. `returns` counts its tensors; None for a list whose length the arguments decide."""
+    """The signature of an op. `returns` counts its tensors; None for a list whose length the
+    arguments decide.
+    """
 
     name: str
     params: tuple[Param, ...]
@@ -84,7 +90,9 @@ class OpSpec:
 
 @lru_cache(maxsize=4096)
 def get_spec(name: str) -> OpSpec:
-    """The signature of the op `name`; UnknownOpError when torch has no such op or a graph may not hold it."""
+    """The signature of the op `name`; UnknownOpError when torch has no such op or a graph may not
+    hold it.
+    """
     if name in SYM_OPS:
         arity = 1 if name == "sym.neg" else 2
         params = tuple(
@@ -101,7 +109,9 @@ def get_spec(name: str) -> OpSpec:
             remedy="use its functional form",
         )
     sizes = set(_SIZE.findall(str(schema)))  # the only place that tells SymInt from int
-    params = tuple(replace(param, is_size=param.name in sizes) for param in map(_param, schema.arguments))
+    params = tuple(
+        replace(param, is_size=param.name in sizes) for param in map(_param, schema.arguments)
+    )
     is_list = any(str(value.type).startswith("List") for value in schema.returns)
     return OpSpec(name, params, None if is_list else len(schema.returns))
 
@@ -112,13 +122,14 @@ def get_overload(name: str) -> Any:
     if len(parts) == 3:
         namespace = getattr(torch.ops, parts[0], None)
         packet = getattr(namespace, parts[1], None) if namespace is not None else None
-        if isinstance(packet, torch._ops.OpOverloadPacket) and parts[2] in packet.overloads():
+        if isinstance(packet, torch._ops.OpOverloadPacket) and parts[2] in _overloads(packet):
             return getattr(packet, parts[2])
     raise UnknownOpError(f"no op {name!r}", where=name, remedy=_nearest_op(name))
 
 
 def canonical_literal(param: Param, value: Any) -> Any:
-    """`value` as `param` stores it (ints become floats where the schema wants floats, dtypes get short names).
+    """`value` as `param` stores it (ints become floats where the schema wants floats, dtypes get
+    short names).
 
     References pass through unchanged. ValueError says why a value does not fit.
     """
@@ -162,7 +173,9 @@ def _scalar(param: Param, value: Any) -> Any:
 
 
 def same_literal(left: Any, right: Any) -> bool:
-    """Whether two literals are the same value of the same type (`1` is not `1.0`, nan is nan, `0.0` is not `-0.0`)."""
+    """Whether two literals are the same value of the same type (`1` is not `1.0`, nan is nan, `0.0`
+    is not `-0.0`).
+    """
     if type(left) is not type(right):
         return False
     if isinstance(left, tuple):
@@ -177,7 +190,9 @@ def _why_forbidden(overload: Any) -> str:
     base = schema.name.split("::")[1]
     if schema.is_mutable or any(argument.is_out for argument in schema.arguments):
         return "it writes into one of its arguments"
-    if torch.Tag.nondeterministic_seeded in tags and not any(a.name in RANDOM_SWITCHES for a in schema.arguments):
+    if torch.Tag.nondeterministic_seeded in tags and not any(
+        a.name in RANDOM_SWITCHES for a in schema.arguments
+    ):
         return "it is random"
     if torch.Tag.dynamic_output_shape in tags or torch.Tag.data_dependent_output in tags:
         return "its output shape depends on tensor contents"
@@ -235,13 +250,18 @@ _ENUM_DEFAULTS: dict[str, Callable[[int], str]] = {
 }
 
 
+def _overloads(packet: Any) -> list[str]:
+    names: list[str] = packet.overloads()
+    return names
+
+
 def _nearest_op(name: str) -> str:
     parts = name.split(".")
     if len(parts) != 3:
         return "write namespace.op.overload, for example aten.relu.default"
     packet = getattr(torch.ops.aten, parts[1], None) if parts[0] == "aten" else None
     if isinstance(packet, torch._ops.OpOverloadPacket):
-        return f"its overloads are {', '.join(packet.overloads())}"
+        return f"its overloads are {', '.join(_overloads(packet))}"
     names = {
         schema.name.removeprefix("aten::")
         for schema in torch._C._jit_get_all_schemas()

@@ -1,9 +1,10 @@
 """Topological labels that survive edits: sparse integers, repaired only where an edge breaks them.
 
-A label is a Python int of any size, so there is room for hundreds of insertions at one place before everything is labelled anew. A new
-node gets a label between its operands and its users; an edge that runs against the labels is repaired by pooling the labels of the
-nodes between its ends (Pearce and Kelly, "A dynamic topological sort algorithm for directed acyclic graphs", JEA 2007), at a cost of
-the nodes between, never of the graph.
+A label is a Python int of any size, so there is room for hundreds of insertions at one place before
+everything is labelled anew. A new node gets a label between its operands and its users; an edge
+that runs against the labels is repaired by pooling the labels of the nodes between its ends (Pearce
+and Kelly, "A dynamic topological sort algorithm for directed acyclic graphs", JEA 2007), at a cost
+of the nodes between, never of the graph.
 """
 
 from collections.abc import Callable, Iterable
@@ -22,7 +23,8 @@ class Labels(Protocol):
 
     def __getitem__(self, id: str, /) -> int: ...
     def __setitem__(self, id: str, label: int, /) -> None: ...
-    def __contains__(self, id: object, /) -> bool: ...
+    def __contains__(self, id: str, /) -> bool: ...
+    def __len__(self) -> int: ...
 
 
 class LabelsExhaustedError(Exception):
@@ -36,7 +38,9 @@ def topological(
     *,
     start: Callable[[str], str] | None = None,
 ) -> list[str]:
-    """`ids` so that operands among them come first, stable in the order given. Kahn's algorithm; CycleError names a cycle."""
+    """`ids` so that operands among them come first, stable in the order given. Kahn's algorithm;
+    CycleError names a cycle.
+    """
     order = list(ids)
     members = set(order)
     waiting = {id: len({op for op in operands(id) if op in members}) for id in order}
@@ -55,14 +59,71 @@ def topological(
     return done
 
 
-def place(
-    labels: Labels, new: list[str], operands: Neighbours, users: Neighbours
-) -> None:
+def update_labels(
+    labels: Labels,
+    fresh: list[str],
+    edges: list[tuple[str, str]],
+    operands: Neighbours,
+    users: Neighbours,
+    old: Callable[[], list[str]],
+) -> set[str]:
+    """Makes `labels` valid again after edits; returns the nodes that got a label or another one.
+
+    `fresh` are the nodes without a label, in the order they were added; `edges` the new edges
+    between nodes, those of fresh nodes included. `old` lists the other nodes in their order, asked
+    only where everything is labelled anew. CycleError names a cycle.
+    """
+    if not labels:
+        return _relabel(labels, topological(fresh, operands, users))
+    try:
+        place(labels, topological(sorted(fresh), operands, users), operands, users)
+        return {*fresh, *_repair_edges(labels, edges, operands, users)}
+    except LabelsExhaustedError:
+        known = old()
+        order = [*known, *sorted(set(fresh) - set(known))]
+        return _relabel(labels, topological(order, operands, users))
+
+
+def _repair_edges(
+    labels: Labels, edges: list[tuple[str, str]], operands: Neighbours, users: Neighbours
+) -> set[str]:
+    """Moves labels until every new edge agrees with them, one edge at a time.
+
+    Edges not yet repaired are hidden from the search: Pearce and Kelly insert one edge into a valid
+    order.
+    """
+    pending = [(source, target) for source, target in edges if labels[source] >= labels[target]]
+    hidden = set(pending)
+    moved: set[str] = set()
+    for source, target in pending:
+        hidden.discard((source, target))
+        if source == target:
+            raise CycleError(f"{source} would use itself", where=source)
+        moved.update(
+            repair(
+                labels,
+                source,
+                target,
+                lambda id: [op for op in operands(id) if (op, id) not in hidden],
+                lambda id: [user for user in users(id) if (id, user) not in hidden],
+            )
+        )
+    return moved
+
+
+def _relabel(labels: Labels, order: list[str]) -> set[str]:
+    for position, id in enumerate(order):
+        labels[id] = (position + 1) * GAP
+    return set(order)
+
+
+def place(labels: Labels, new: list[str], operands: Neighbours, users: Neighbours) -> None:
     """Labels for the nodes `new`, given in topological order, between those of their neighbours.
 
-    A node whose operands lie after its users is placed after its operands; `repair` then moves the users. Nodes placed at one place
-    get labels that differ by a share drawn from their ids: equal labels would make later repairs fall back to a new labelling.
-    Raises LabelsExhaustedError when two neighbours leave no integer between them.
+    A node whose operands lie after its users is placed after its operands; `repair` then moves the
+    users. Nodes placed at one place get labels that differ by a share drawn from their ids: equal
+    labels would make later repairs fall back to a new labelling. Raises LabelsExhaustedError when
+    two neighbours leave no integer between them.
     """
     for position, id in enumerate(new):
         low = max((labels[op] for op in operands(id) if op in labels), default=0)
@@ -83,11 +144,13 @@ def repair(
     operands: Neighbours,
     users: Neighbours,
 ) -> list[str]:
-    """Makes `label(source) < label(target)` for the new edge source -> target; returns the nodes that got another label.
+    """Makes `label(source) < label(target)` for the new edge source -> target; returns the nodes
+    that got another label.
 
-    What leads to `source` moves down and what follows `target` moves up, within the labels they have together, so every edge to other
-    nodes stays right. Nodes of equal label are unrelated and may share one again; a label on both sides would have to be given twice,
-    and LabelsExhaustedError is raised instead.
+    What leads to `source` moves down and what follows `target` moves up, within the labels they
+    have together, so every edge to other nodes stays right. Nodes of equal label are unrelated and
+    may share one again; a label on both sides would have to be given twice, and
+    LabelsExhaustedError is raised instead.
     """
     low, high = labels[target], labels[source]
     if high < low:
@@ -120,7 +183,9 @@ def _reach(start: str, neighbours: Neighbours, within: Callable[[str], bool]) ->
 
 
 def _share(id: str, step: int) -> int:
-    """Between half and one and a half times `step`, the same for the same id; at least 1 where `step` is."""
+    """Between half and one and a half times `step`, the same for the same id; at least 1 where
+    `step` is.
+    """
     return max(step // 2 + step * crc32(id.encode(errors="surrogatepass")) // (1 << 32), 1)
 
 

@@ -1,7 +1,8 @@
 """What flows along an edge: a tensor of dtype, shape and layout, or a symbolic integer.
 
-`layout` says how the dims lie in memory: `CONTIGUOUS`, a permutation of the dims from outermost to innermost (channels-last is
-`(0, 2, 3, 1)`), or `STRIDED` for everything else (slices, expands). Device is not part of a type: the engine places values.
+`layout` says how the dims lie in memory: `CONTIGUOUS`, a permutation of the dims from outermost to
+innermost (channels-last is `(0, 2, 3, 1)`), or `STRIDED` for everything else (slices, expands).
+Device is not part of a type: the engine places values.
 """
 
 import re
@@ -14,8 +15,19 @@ DTYPES = {  # short name -> torch name; the order is the one documents list
     "i16": "int16", "i8": "int8", "u8": "uint8", "bool": "bool", "c64": "complex64", "c128": "complex128",
 }  # fmt: skip
 DTYPE_BYTES = {
-    "f32": 4, "f64": 8, "f16": 2, "bf16": 2, "i64": 8, "i32": 4, "i16": 2, "i8": 1, "u8": 1, "bool": 1, "c64": 8, "c128": 16,
-}  # fmt: skip
+    "f32": 4,
+    "f64": 8,
+    "f16": 2,
+    "bf16": 2,
+    "i64": 8,
+    "i32": 4,
+    "i16": 2,
+    "i8": 1,
+    "u8": 1,
+    "bool": 1,
+    "c64": 8,
+    "c128": 16,
+}
 FLOATS = frozenset({"f32", "f64", "f16", "bf16", "c64", "c128"})
 _SHORT = {name: name for name in DTYPES} | {long: short for short, long in DTYPES.items()}
 _SHORT |= {"float": "f32", "double": "f64", "half": "f16", "long": "i64", "int": "i32"}
@@ -85,7 +97,7 @@ def parse_type(text: str) -> ValueType:
             raise ValueError(f"not a type: {text!r}; int takes one dimension")
         return SymIntType(parse_dim(dims[0]))
     layout: Layout = match["layout"] or CONTIGUOUS
-    if layout not in (CONTIGUOUS, STRIDED):
+    if isinstance(layout, str) and layout not in (CONTIGUOUS, STRIDED):
         layout = tuple(int(part) for part in layout.split(","))
     return TensorType(short_dtype(match["dtype"]), tuple(parse_dim(dim) for dim in dims), layout)
 

@@ -1,7 +1,8 @@
 """What tests draw: small random graphs, and deltas that meet them (most fit, some must be refused).
 
-A graph grows from facts: a node takes operands of types its op wants, so that most deltas are valid and reach far. Ops are picked for what
-they exercise: several outputs, context values, symbolic integers, aliases, shape changes that stop early and ones that go on to the end.
+A graph grows from facts: a node takes operands of types its op wants, so that most deltas are valid
+and reach far. Ops are picked for what they exercise: several outputs, context values, symbolic
+integers, aliases, shape changes that stop early and ones that go on to the end.
 """
 
 from random import Random
@@ -13,7 +14,18 @@ from hypothesis import strategies as st
 from graphopt.analysis.facts import Facts, analyse
 from graphopt.constants import constant_of
 from graphopt.delta import (
-    AddInput, AddNode, Delta, DropConstant, DropInput, Edit, PutConstant, RemoveNode, Rewire, SetAttr, SetOutputs, apply,
+    AddInput,
+    AddNode,
+    Delta,
+    DropConstant,
+    DropInput,
+    Edit,
+    PutConstant,
+    RemoveNode,
+    Rewire,
+    SetAttr,
+    SetOutputs,
+    apply,
 )  # fmt: skip
 from graphopt.dims import symbol
 from graphopt.draft import OUTPUT_PREFIX
@@ -32,14 +44,22 @@ UNARY = ("relu", "tanh", "sigmoid", "neg", "gelu", "clone", "exp")
 BINARY = ("add.Tensor", "mul.Tensor", "sub.Tensor", "maximum.default")
 # name -> shape; `table` and `bias_table` are buffers, so that context values exist
 CONSTANTS = {
-    "w": (4, 4), "v": (4, 4), "half.weight": (2, 4), "wide.weight": (4, 2), "bias": (4,), "words": (4, 4), "table": (64, 4),
+    "w": (4, 4),
+    "v": (4, 4),
+    "half.weight": (2, 4),
+    "wide.weight": (4, 2),
+    "bias": (4,),
+    "words": (4, 4),
+    "table": (64, 4),
     "bias_table": (4,),
-}  # fmt: skip
+}
 
 
 def constant(draw: Draw, shape: tuple[int, ...], *, is_param: bool = True) -> Any:
     seed = draw.randint(0, 7)
-    return constant_of(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 0.5, is_param=is_param)
+    return constant_of(
+        torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 0.5, is_param=is_param
+    )
 
 
 def start() -> Graph:
@@ -47,7 +67,9 @@ def start() -> Graph:
     random = torch.Generator().manual_seed(3)
     graph = Graph.empty("random")
     puts = [
-        PutConstant(name, torch.randn(*shape, generator=random) * 0.5, is_param=not name.endswith("table"))
+        PutConstant(
+            name, torch.randn(*shape, generator=random) * 0.5, is_param=not name.endswith("table")
+        )
         for name, shape in CONSTANTS.items()
     ]
     edits: list[Edit] = [
@@ -81,15 +103,23 @@ def accepted(graph: Graph, delta: Delta) -> Graph | None:
 def values(graph: Graph, facts: Facts) -> list[Ref]:
     """Every value of the graph, symbolic integers included."""
     refs = [Ref(name) for name, _ in graph.inputs]
-    return refs + [Ref(id, idx) for id in sorted(graph.nodes) for idx in range(len(facts.types[id]))]
+    return refs + [
+        Ref(id, idx) for id in sorted(graph.nodes) for idx in range(len(facts.types[id]))
+    ]
 
 
-def tensors(graph: Graph, facts: Facts, *, dtype: str | None = None, rank: int | None = None) -> list[Ref]:
+def tensors(
+    graph: Graph, facts: Facts, *, dtype: str | None = None, rank: int | None = None
+) -> list[Ref]:
     """The tensor values of this dtype and rank."""
     found = []
     for ref in values(graph, facts):
         type_ = facts.type_of(ref)
-        if isinstance(type_, TensorType) and dtype in (None, type_.dtype) and rank in (None, type_.rank):
+        if (
+            isinstance(type_, TensorType)
+            and dtype in (None, type_.dtype)
+            and rank in (None, type_.rank)
+        ):
             found.append(ref)
     return found
 
@@ -97,7 +127,9 @@ def tensors(graph: Graph, facts: Facts, *, dtype: str | None = None, rank: int |
 def fresh_id(graph: Graph, taken: int = 0) -> str:
     """An id no node or input has."""
     known = set(graph.nodes) | {name for name, _ in graph.inputs}
-    return next(id for id in (f"n{i}" for i in range(taken, len(known) + taken + 1)) if id not in known)
+    return next(
+        id for id in (f"n{i}" for i in range(taken, len(known) + taken + 1)) if id not in known
+    )
 
 
 def draw_call(draw: Draw, graph: Graph, facts: Facts) -> tuple[str, tuple[Any, ...]]:
@@ -111,7 +143,11 @@ def _pick(draw: Draw, refs: list[Ref]) -> Ref:
 
 
 def _rows(graph: Graph, facts: Facts) -> list[Ref]:
-    return [ref for ref in tensors(graph, facts, dtype="f32", rank=2) if facts.type_of(ref).shape[-1] == 4]
+    return [
+        ref
+        for ref in tensors(graph, facts, dtype="f32", rank=2)
+        if facts.type_of(ref).shape[-1] == 4
+    ]
 
 
 def _unary(draw: Draw, graph: Graph, facts: Facts) -> tuple[str, tuple[Any, ...]]:
@@ -120,7 +156,11 @@ def _unary(draw: Draw, graph: Graph, facts: Facts) -> tuple[str, tuple[Any, ...]
 
 def _binary(draw: Draw, graph: Graph, facts: Facts) -> tuple[str, tuple[Any, ...]]:
     left = _pick(draw, tensors(graph, facts, dtype="f32"))
-    same = [ref for ref in tensors(graph, facts, dtype="f32") if facts.type_of(ref).shape == facts.type_of(left).shape]
+    same = [
+        ref
+        for ref in tensors(graph, facts, dtype="f32")
+        if facts.type_of(ref).shape == facts.type_of(left).shape
+    ]
     anything = tensors(graph, facts)
     right = _pick(draw, same if draw.randint(0, 4) else anything)
     return f"aten.{draw.choice(BINARY)}", (left, right)
@@ -129,20 +169,36 @@ def _binary(draw: Draw, graph: Graph, facts: Facts) -> tuple[str, tuple[Any, ...
 def _linear(draw: Draw, graph: Graph, facts: Facts) -> tuple[str, tuple[Any, ...]]:
     weight = draw.choice(["w", "v", "half.weight", "wide.weight", *graph.aliases])
     columns = 2 if weight == "wide.weight" else 4
-    fitting = [ref for ref in tensors(graph, facts, dtype="f32") if facts.type_of(ref).shape[-1:] == (columns,)]
+    fitting = [
+        ref
+        for ref in tensors(graph, facts, dtype="f32")
+        if facts.type_of(ref).shape[-1:] == (columns,)
+    ]
     bias = (Const("bias"),) if weight != "half.weight" and draw.choice((False, True)) else ()
     return "aten.linear.default", (_pick(draw, fitting), Const(weight), *bias)
 
 
 def _norm(draw: Draw, graph: Graph, facts: Facts) -> tuple[str, tuple[Any, ...]]:
     if draw.choice((False, True)):
-        return "aten.layer_norm.default", (_pick(draw, _rows(graph, facts)), (4,), Const("bias_table"))
-    return "aten.native_layer_norm.default", (_pick(draw, _rows(graph, facts)), (4,), Const("bias"), None, 1e-5)
+        return "aten.layer_norm.default", (
+            _pick(draw, _rows(graph, facts)),
+            (4,),
+            Const("bias_table"),
+        )
+    return "aten.native_layer_norm.default", (
+        _pick(draw, _rows(graph, facts)),
+        (4,),
+        Const("bias"),
+        None,
+        1e-5,
+    )
 
 
 def _several(draw: Draw, graph: Graph, facts: Facts) -> tuple[str, tuple[Any, ...]]:
     ref = _pick(draw, _rows(graph, facts))
-    op, args = draw.choice([("split.Tensor", (2, 1)), ("max.dim", (1,)), ("unbind.int", (1,)), ("sort.default", ())])
+    op, args = draw.choice(
+        [("split.Tensor", (2, 1)), ("max.dim", (1,)), ("unbind.int", (1,)), ("sort.default", ())]
+    )
     return f"aten.{op}", (ref, *args)
 
 
@@ -180,30 +236,49 @@ def _sizes(draw: Draw, graph: Graph, facts: Facts) -> tuple[str, tuple[Any, ...]
         return "aten.slice.Tensor", (Const("table"), 0, 0, ref)
     if kind == 3:
         return "aten.full.default", ((ref, 4), 0.5)
-    return "aten.view.default", (_pick(draw, _rows(graph, facts)), draw.choice([(ref, 4), (-1, 4), (4, ref), (ref, 2, 2)]))
+    return "aten.view.default", (
+        _pick(draw, _rows(graph, facts)),
+        draw.choice([(ref, 4), (-1, 4), (4, ref), (ref, 2, 2)]),
+    )
 
 
 def _moved(draw: Draw, graph: Graph, facts: Facts) -> tuple[str, tuple[Any, ...]]:
     ref = _pick(draw, tensors(graph, facts, rank=2))
     return draw.choice(
         [
-            ("aten.transpose.int", (ref, 0, 1)), ("aten.permute.default", (ref, (1, 0))), ("aten.t.default", (ref,)),
-            ("aten.sum.dim_IntList", (ref, (1,))), ("aten.select.int", (ref, 1, 0)), ("aten.softmax.int", (ref, 1)),
+            ("aten.transpose.int", (ref, 0, 1)),
+            ("aten.permute.default", (ref, (1, 0))),
+            ("aten.t.default", (ref,)),
+            ("aten.sum.dim_IntList", (ref, (1,))),
+            ("aten.select.int", (ref, 1, 0)),
+            ("aten.softmax.int", (ref, 1)),
         ]
-    )  # fmt: skip
+    )
 
 
 _CALLS = {
-    "unary": _unary, "binary": _binary, "linear": _linear, "norm": _norm, "several": _several, "join": _join,
-    "embedding": _embedding, "context": _context, "sizes": _sizes, "moved": _moved, "unary2": _unary, "binary2": _binary,
-}  # fmt: skip
+    "unary": _unary,
+    "binary": _binary,
+    "linear": _linear,
+    "norm": _norm,
+    "several": _several,
+    "join": _join,
+    "embedding": _embedding,
+    "context": _context,
+    "sizes": _sizes,
+    "moved": _moved,
+    "unary2": _unary,
+    "binary2": _binary,
+}
 
 
 # -- deltas
 
 
 def draw_delta(draw: Draw, graph: Graph, facts: Facts) -> Delta:
-    """A delta for `graph`, perhaps an invalid one: one to three kinds of change, each drawn against the graph as it is."""
+    """A delta for `graph`, perhaps an invalid one: one to three kinds of change, each drawn against
+    the graph as it is.
+    """
     edits: list[Edit] = []
     for _ in range(draw.choice((1, 1, 1, 2, 3))):
         edits += draw_edits(draw, graph, facts)
@@ -255,9 +330,13 @@ def _bypass(draw: Draw, graph: Graph, facts: Facts) -> list[Edit]:
 def _replace(draw: Draw, graph: Graph, facts: Facts) -> list[Edit]:
     id = _node(draw, graph)
     op, args = draw_call(draw, graph, facts)
-    if id in graph.nodes and graph.nodes[id].refs and draw.choice((False, True)):  # another op on the same operand
+    if (
+        id in graph.nodes and graph.nodes[id].refs and draw.choice((False, True))
+    ):  # another op on the same operand
         ref = graph.nodes[id].refs[0]
-        op, args = draw.choice([(f"aten.{u}.default", (ref,)) for u in UNARY] + [("aten.sym_size.int", (ref, 0))])
+        op, args = draw.choice(
+            [(f"aten.{u}.default", (ref,)) for u in UNARY] + [("aten.sym_size.int", (ref, 0))]
+        )
     return [RemoveNode(id), AddNode(id, op, args)]
 
 
@@ -276,14 +355,18 @@ def _swap(draw: Draw, graph: Graph, facts: Facts) -> list[Edit]:
     """Exchanges two stretches a..b and b..c of nodes: what came before comes after."""
     chain = [_node(draw, graph)]
     while len(chain) < 5:
-        users = [u for u in graph.users.get(chain[-1], ()) if not u.startswith(OUTPUT_PREFIX) and u not in chain]
+        users = [
+            u
+            for u in graph.users.get(chain[-1], ())
+            if not u.startswith(OUTPUT_PREFIX) and u not in chain
+        ]
         if not users:
             break
         chain.append(draw.choice(sorted(users)))
     if len(chain) < 3 or chain[0] not in graph.nodes:
         return [RemoveNode("nothing")]
     cut = draw.randint(1, len(chain) - 2)
-    heads = [ref for ref in graph.nodes[chain[0]].refs]
+    heads = list(graph.nodes[chain[0]].refs)
     if not heads:
         return [RemoveNode("nothing")]
     first, second, last = chain[0], chain[cut], chain[-1]
@@ -299,7 +382,11 @@ def _set_attr(draw: Draw, graph: Graph, facts: Facts) -> list[Edit]:
     if id not in graph.nodes:
         return [SetAttr(id, "dim", 0)]
     names = [param.name for param in graph.nodes[id].spec.params]
-    attributes = [name for name in names if name in ("dim", "dim0", "approximate", "eps", "alpha", "other", "index", "keepdim")]
+    attributes = [
+        name
+        for name in names
+        if name in ("dim", "dim0", "approximate", "eps", "alpha", "other", "index", "keepdim")
+    ]
     name = draw.choice(attributes or names)
     literals = [0, 1, -1, 0.0, -0.0, 0.5, "tanh", True, None, Const("bias"), (1,)]
     value = draw.choice([*literals, *values(graph, facts)])
@@ -327,7 +414,16 @@ def _drop(draw: Draw, graph: Graph, facts: Facts) -> list[Edit]:
 def _inputs(draw: Draw, graph: Graph, facts: Facts) -> list[Edit]:
     names = [name for name, _ in graph.inputs]
     name = draw.choice([*names, "z", "late"])
-    type_ = draw.choice([ROWS, ROWS, IDS, TensorType("i64", (BATCH, 4)), TensorType("f32", (symbol("seq"), 4)), TensorType("f32", (BATCH, 3))])
+    type_ = draw.choice(
+        [
+            ROWS,
+            ROWS,
+            IDS,
+            TensorType("i64", (BATCH, 4)),
+            TensorType("f32", (symbol("seq"), 4)),
+            TensorType("f32", (BATCH, 3)),
+        ]
+    )
     position = draw.choice([None, 0, 1])
     ranges = (Symbol("batch", 1, draw.choice([32, 64])), Symbol("seq", 2, 9))
     added = AddInput(name, type_, position, ranges)
@@ -341,6 +437,22 @@ def _outputs(draw: Draw, graph: Graph, facts: Facts) -> list[Edit]:
 
 
 _EDITS = (
-    draw_additions, draw_additions, _insert, _insert, _remove, _bypass, _replace, _replace, _rewire, _rewire, _swap, _set_attr,
-    _set_attr, _put, _drop, _inputs, _outputs, _outputs,
-)  # fmt: skip
+    draw_additions,
+    draw_additions,
+    _insert,
+    _insert,
+    _remove,
+    _bypass,
+    _replace,
+    _replace,
+    _rewire,
+    _rewire,
+    _swap,
+    _set_attr,
+    _set_attr,
+    _put,
+    _drop,
+    _inputs,
+    _outputs,
+    _outputs,
+)

@@ -1,13 +1,16 @@
 """Blocks: the stretches of a graph between points where exactly one data value crosses.
 
-A data node is a cut when every path of data values from the inputs to the outputs runs through it: a node of the dominator chain. In a
-topological order these are exactly the positions that no other value's life spans, whatever the order, because a node that lies on all
-paths is comparable with every other node. So one sweep over an interval of labels finds the cuts in it, and an edit sweeps only the blocks
-whose values' lives it changed. A value lives from its definition to its last data user; the inputs live until the last node that reads
-one (or starts from parameters); a value nobody reads further lives to the end, so that parallel heads stay in one block. An output that is
-also read further is a tap and does not count.
+A data node is a cut when every path of data values from the inputs to the outputs runs through it:
+a node of the dominator chain. In a topological order these are exactly the positions that no other
+value's life spans, whatever the order, because a node that lies on all paths is comparable with
+every other node. So one sweep over an interval of labels finds the cuts in it, and an edit sweeps
+only the blocks whose values' lives it changed. A value lives from its definition to its last data
+user; the inputs live until the last node that reads one (or starts from parameters); a value nobody
+reads further lives to the end, so that parallel heads stay in one block. An output that is also
+read further is a tap and does not count.
 
-Context nodes are in nobody's way. One whose users all lie in one block belongs to it; the others form the context region, which runs first.
+Context nodes are in nobody's way. One whose users all lie in one block belongs to it; the others
+form the context region, which runs first.
 """
 
 from collections.abc import Iterable, Iterator
@@ -29,7 +32,9 @@ _FOREVER: Key = (1 << 1024, "")
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """The data nodes after the cut `entry` up to the cut `exit`, in topological order. `exit` names the block."""
+    """The data nodes after the cut `entry` up to the cut `exit`, in topological order. `exit` names
+    the block.
+    """
 
     entry: str
     exit: str
@@ -62,7 +67,9 @@ class BlockTable:
 class DataView:
     """The data nodes of a graph that reach an output, and their neighbourhood among themselves."""
 
-    def __init__(self, graph: Graph, traits: "immutables.Map[str, int]", live: "immutables.Map[str, bool]") -> None:
+    def __init__(
+        self, graph: Graph, traits: "immutables.Map[str, int]", live: "immutables.Map[str, bool]"
+    ) -> None:
         self.graph = graph
         self._traits = traits
         self._live = live
@@ -82,7 +89,10 @@ class DataView:
     def is_root(self, id: str) -> bool:
         """Whether data enters the graph at `id`."""
         refs = self.graph.nodes[id].refs
-        reads_input = any(r.id not in self.graph.nodes and input_traits(self.graph, r.id) & FLOAT_INPUT for r in refs)
+        reads_input = any(
+            r.id not in self.graph.nodes and input_traits(self.graph, r.id) & FLOAT_INPUT
+            for r in refs
+        )
         return reads_input or not self.operands(id)
 
     def reach(self, id: str) -> Key:
@@ -98,7 +108,9 @@ class DataView:
 
 @dataclass(frozen=True, slots=True)
 class BlockUpdate:
-    """The new table, and the exits of blocks that are `fresh`, `gone`, or the same and in another order among each other (`moved`)."""
+    """The new table, and the exits of blocks that are `fresh`, `gone`, or the same and in another
+    order among each other (`moved`).
+    """
 
     table: BlockTable
     fresh: frozenset[str] = frozenset()
@@ -106,11 +118,13 @@ class BlockUpdate:
     moved: frozenset[str] = frozenset()
 
 
-def update_blocks(table: BlockTable, old: DataView, new: DataView, touched: Iterable[str]) -> BlockUpdate:
+def update_blocks(
+    table: BlockTable, old: DataView, new: DataView, touched: Iterable[str]
+) -> BlockUpdate:
     """The blocks of the new graph, from those of the old one.
 
-    `touched` are the nodes whose data neighbourhood, membership or label may differ. Work: the blocks between the first and the last one
-    whose values' lives changed.
+    `touched` are the nodes whose data neighbourhood, membership or label may differ. Work: the
+    blocks between the first and the last one whose values' lives changed.
     """
     touched = set(touched)
     span = _affected(table, old, new, touched)
@@ -121,7 +135,10 @@ def update_blocks(table: BlockTable, old: DataView, new: DataView, touched: Iter
     last = stale[-1].exit if stale else None
     after = table.next.get(last) if last is not None else None
     members = {id for block in stale for id in block.nodes} | touched
-    nodes = sorted((id for id in members if id in new.graph.nodes and new.is_member(id)), key=new.graph.order_key)
+    nodes = sorted(
+        (id for id in members if id in new.graph.nodes and new.is_member(id)),
+        key=new.graph.order_key,
+    )
     made = _sweep(new, entry, nodes)
     kept = {block.exit: block for block in stale}
     blocks, links, member = table.blocks.mutate(), table.next.mutate(), table.member.mutate()
@@ -148,8 +165,12 @@ def update_blocks(table: BlockTable, old: DataView, new: DataView, touched: Iter
     )  # fmt: skip
 
 
-def _affected(table: BlockTable, old: DataView, new: DataView, touched: set[str]) -> tuple[str, str] | None:
-    """The first and the last old block (by exit) to sweep again; ("", "") where there are none yet, None for nothing to do."""
+def _affected(
+    table: BlockTable, old: DataView, new: DataView, touched: set[str]
+) -> tuple[str, str] | None:
+    """The first and the last old block (by exit) to sweep again; ("", "") where there are none yet,
+    None for nothing to do.
+    """
     concerned: set[str] = set()
     from_start = to_end = False
     for view in (old, new):

@@ -1,7 +1,8 @@
 """What torch itself says about every value: the whole graph run on fake tensors of given sizes.
 
-A fake tensor has dtype, sizes and strides and no data; torch's own kernels and meta registrations compute them. Strides flow from node
-to node as they would in a run, so layouts can be compared too. Milliseconds a node: for the verify mode, never for the live path.
+A fake tensor has dtype, sizes and strides and no data; torch's own kernels and meta registrations
+compute them. Strides flow from node to node as they would in a run, so layouts can be compared too.
+Milliseconds a node: for the verify mode, never for the live path.
 """
 
 from collections.abc import Mapping
@@ -17,7 +18,10 @@ from graphopt.graph import Arg, Const, Graph, Node, Ref
 from graphopt.ops import SYM_OPS, Param, get_overload
 from graphopt.types import STRIDED, SymIntType, TensorType, ValueType
 
-_AS_RESHAPE = ("aten.view.default", "aten._unsafe_view.default")  # what `view` means in a graph: graphopt.analysis.rules
+_AS_RESHAPE = (
+    "aten.view.default",
+    "aten._unsafe_view.default",
+)  # what `view` means in a graph: graphopt.analysis.rules
 
 
 class FakeRunError(Exception):
@@ -30,12 +34,16 @@ class FakeRunError(Exception):
 
 
 def run_fake(graph: Graph, sizes: Mapping[str, int]) -> dict[str, tuple[Any, ...]]:
-    """The outputs of every node as fake tensors and ints, each symbol at its size. Raises FakeRunError where torch refuses."""
+    """The outputs of every node as fake tensors and ints, each symbol at its size. Raises
+    FakeRunError where torch refuses.
+    """
     with FakeTensorMode(), torch.no_grad():
         values: dict[str, tuple[Any, ...]] = {}
         for name, type_ in graph.inputs:
             values[name] = (fake_tensor(type_, sizes),)
-        constants = {name: fake_tensor(constant.type, {}) for name, constant in graph.constants.items()}
+        constants = {
+            name: fake_tensor(constant.type, {}) for name, constant in graph.constants.items()
+        }
         constants |= {alias: constants[name] for alias, name in graph.aliases.items()}
         for node in graph.iter_nodes():
             values[node.id] = _run(node, values, constants)
@@ -54,7 +62,9 @@ def fault_of(type_: ValueType, value: Any, sizes: Mapping[str, int]) -> str:
     if not is_same:
         return f"{type_} is {type_.dtype}{list(shape)}, torch says {value.dtype}{list(value.shape)}"
     if type_.layout != STRIDED and not _fits(value, type_.layout):
-        return f"{type_} is laid out otherwise by torch: strides {value.stride()}, {layout_of(value)}"
+        return (
+            f"{type_} is laid out otherwise by torch: strides {value.stride()}, {layout_of(value)}"
+        )
     return ""
 
 
@@ -74,10 +84,14 @@ def _fits(value: torch.Tensor, layout: str | tuple[int, ...]) -> bool:
     """Whether the memory order is `layout`; dims of size 1 lie anywhere."""
     if value.numel() == 0:
         return True
-    return value.is_contiguous() if isinstance(layout, str) else value.permute(layout).is_contiguous()
+    return (
+        value.is_contiguous() if isinstance(layout, str) else value.permute(layout).is_contiguous()
+    )
 
 
-def _run(node: Node, values: Mapping[str, tuple[Any, ...]], constants: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
+def _run(
+    node: Node, values: Mapping[str, tuple[Any, ...]], constants: Mapping[str, torch.Tensor]
+) -> tuple[Any, ...]:
     def final(param: Param, arg: Arg) -> Any:
         if isinstance(arg, Ref):
             return values[arg.id][arg.idx]
@@ -96,6 +110,8 @@ def _run(node: Node, values: Mapping[str, tuple[Any, ...]], constants: Mapping[s
     op = torch.reshape if node.op in _AS_RESHAPE else get_overload(node.op)
     try:
         out = op(*args, **kwargs)
-    except Exception as error:  # meta kernels written in Python assert, index and divide as they like
+    except (
+        Exception
+    ) as error:  # meta kernels written in Python assert, index and divide as they like
         raise FakeRunError(node.id, str(error).split("\n")[0] or type(error).__name__) from None
     return tuple(out) if isinstance(out, tuple | list) else (out,)

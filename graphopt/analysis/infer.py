@@ -1,8 +1,9 @@
 """The types of one node's outputs, from the types of its operands.
 
-Common ops have rules of their own (`graphopt.analysis.rules`), microseconds each; every other op runs on torch's meta device at a few
-probe sizes, and the symbolic output shape is fitted through the results (`graphopt.analysis.probe`). Results are remembered by
-(op, argument types): the twelfth layer costs a dictionary look-up.
+Common ops have rules of their own (`graphopt.analysis.rules`), microseconds each; every other op
+runs on torch's meta device at a few probe sizes, and the symbolic output shape is fitted through
+the results (`graphopt.analysis.probe`). Results are remembered by (op, argument types): the twelfth
+layer costs a dictionary look-up.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,7 +19,8 @@ from graphopt.ops import SYM_OPS, Param, get_spec
 from graphopt.types import DTYPE_BYTES, SymIntType, TensorType, ValueType
 
 Lookup = Callable[[Ref | Const], ValueType]
-# Ops whose every entry takes a number for their second tensor; torch has scalar overloads of the others.
+# Ops whose every entry takes a number for their second tensor; torch has scalar overloads of the
+# others.
 _NUMBER_FOR_TENSOR = frozenset({"add", "sub", "mul", "div", "floor_divide"})
 NODES_REMEMBERED = 65_536  # distinct (op, argument types); a 24-layer model has about 60
 
@@ -26,7 +28,8 @@ NODES_REMEMBERED = 65_536  # distinct (op, argument types); a 24-layer model has
 def infer_node(node: Node, lookup: Lookup) -> tuple[ValueType, ...]:
     """The types of the outputs of `node`.
 
-    Raises, naming the node: TypeMismatchError when the op does not take its operands, LimitError when it would make too much of them.
+    Raises, naming the node: TypeMismatchError when the op does not take its operands, LimitError
+    when it would make too much of them.
     """
     args = tuple(_resolve(arg, lookup, node) for arg in node.args)
     kwargs = tuple((name, _resolve(value, lookup, node)) for name, value in node.kwargs)
@@ -45,7 +48,9 @@ def infer_node(node: Node, lookup: Lookup) -> tuple[ValueType, ...]:
 
 
 @lru_cache(maxsize=NODES_REMEMBERED)
-def _infer(op: str, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...]) -> tuple[ValueType, ...]:
+def _infer(
+    op: str, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...]
+) -> tuple[ValueType, ...]:
     spec = get_spec(op)
     bound: dict[str, Any] = {param.name: param.default for param in spec.params}
     bound |= {param.name: arg for param, arg in zip(spec.params, args, strict=False)}
@@ -63,7 +68,9 @@ def _infer(op: str, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...]) 
 
 
 def _resolve(arg: Arg, lookup: Lookup, node: Node) -> Any:
-    """An argument with references replaced: tensors by their type, symbolic integers by their dimension."""
+    """An argument with references replaced: tensors by their type, symbolic integers by their
+    dimension.
+    """
     if isinstance(arg, Ref | Const):
         type_ = lookup(arg)
         return type_.value if isinstance(type_, SymIntType) else type_
@@ -107,17 +114,25 @@ def _check_kinds(op: str, bound: dict[str, Any]) -> None:
 
 
 def _check_kind(op: str, param: Param, item: Any) -> None:
-    """A reference may turn out to be what its place cannot take; literals were checked when the node was made."""
+    """A reference may turn out to be what its place cannot take; literals were checked when the
+    node was made.
+    """
     if isinstance(item, TensorType):
         if param.kind != "Tensor":
             raise TypeMismatchError(f"{param.name} takes {param.kind}, not a tensor")
     elif param.kind == "Tensor":
         takes_number = param.name == "other" and op.split(".")[1] in _NUMBER_FOR_TENSOR
         if item is not None and not takes_number:
-            raise TypeMismatchError(f"{param.name} takes a tensor, not {item}", remedy="make one with aten.full.default")
+            raise TypeMismatchError(
+                f"{param.name} takes a tensor, not {item}", remedy="make one with aten.full.default"
+            )
     elif isinstance(item, Expr) and not param.is_size and param.kind not in ("number", "float"):
         raise TypeMismatchError(f"{param.name} takes a fixed {param.kind}, not a dynamic size")
-    elif isinstance(item, int) and not isinstance(item, bool) and param.kind in ("bool", "str", "ScalarType", "MemoryFormat"):
+    elif (
+        isinstance(item, int)
+        and not isinstance(item, bool)
+        and param.kind in ("bool", "str", "ScalarType", "MemoryFormat")
+    ):
         raise TypeMismatchError(f"{param.name} takes {param.kind}, not a size")
 
 
@@ -130,7 +145,8 @@ def _check_size(op: str, types: tuple[ValueType, ...]) -> None:
                 count *= max(evaluate(dim, values), 0)
             if count > OUTPUT_BYTES_MAX:
                 raise LimitError(
-                    f"{op} would produce {count / 2**30:.1f} GiB", remedy=f"at most {OUTPUT_BYTES_MAX >> 30} GiB a value"
+                    f"{op} would produce {count / 2**30:.1f} GiB",
+                    remedy=f"at most {OUTPUT_BYTES_MAX >> 30} GiB a value",
                 )
 
 
@@ -145,5 +161,3 @@ class _Probe(Mapping[str, int]):
 
     def __len__(self) -> int:
         return 0
-
-

@@ -1,8 +1,10 @@
-"""The facts of a graph computed the plain way: whole graph, textbook algorithms, no memory of the graph before.
+"""The facts of a graph computed the plain way: whole graph, textbook algorithms, no memory of the
+graph before.
 
-This is the other side of `graphopt.analysis.check`. It shares no code with the incremental queries: reachability instead of flags that
-flow along edges, networkx dominators instead of a sweep over labels, sets of readers by walking every edge. It trusts nothing that a draft
-maintains (users, labels, hash), only nodes, inputs, outputs and constants.
+This is the other side of `graphopt.analysis.check`. It shares no code with the incremental queries:
+reachability instead of flags that flow along edges, networkx dominators instead of a sweep over
+labels, sets of readers by walking every edge. It trusts nothing that a draft maintains (users,
+labels, hash), only nodes, inputs, outputs and constants.
 
 Deliberately absent: speed. O(nodes x blocks) in places; for tests and the verify mode.
 """
@@ -20,18 +22,24 @@ _SOURCE, _SINK = ("source",), ("sink",)  # no node id is a tuple
 
 
 class Naive:
-    """Everything `Facts` says about `graph`, under the same names where the same thing is meant; types come from elsewhere."""
+    """Everything `Facts` says about `graph`, under the same names where the same thing is meant;
+    types come from elsewhere.
+    """
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.edges: nx.DiGraph[str] = nx.DiGraph()
         self.edges.add_nodes_from(graph.nodes)
-        self.edges.add_edges_from((r.id, n.id) for n in graph.nodes.values() for r in n.refs if r.id in graph.nodes)
+        self.edges.add_edges_from(
+            (r.id, n.id) for n in graph.nodes.values() for r in n.refs if r.id in graph.nodes
+        )
         self.queries = {id for id, node in graph.nodes.items() if is_query(node.op)}
         self.traits = self._traits()
         self.live = self._live()
         self.data = {
-            id for id in self.live if self.traits[id] & FLOAT_INPUT or not (CONTENT | PARAM) & ~self.traits[id]
+            id
+            for id in self.live
+            if self.traits[id] & FLOAT_INPUT or not (CONTENT | PARAM) & ~self.traits[id]
         }
         self.context = self.live - self.data - self.queries
         self.cuts, self.block_nodes = self._blocks()
@@ -61,7 +69,9 @@ class Naive:
                     yield ref, home
 
     def readers(self) -> dict[Ref, set[str]]:
-        """The homes that read a value from outside, cuts left out: only the block behind a cut reads it."""
+        """The homes that read a value from outside, cuts left out: only the block behind a cut
+        reads it.
+        """
         found: dict[Ref, set[str]] = {}
         for ref, home in self.crossing():
             if ref.id not in self.data:
@@ -90,8 +100,14 @@ class Naive:
         names = {name for name, _ in graph.inputs}
         sources = {
             CONTENT: {id for id, n in graph.nodes.items() if any(r.id in names for r in n.refs)},
-            FLOAT_INPUT: {id for id, n in graph.nodes.items() if any(r.id in floats for r in n.refs)},
-            PARAM: {id for id, n in graph.nodes.items() if any(graph.get_constant(c).is_param for c in n.consts)},
+            FLOAT_INPUT: {
+                id for id, n in graph.nodes.items() if any(r.id in floats for r in n.refs)
+            },
+            PARAM: {
+                id
+                for id, n in graph.nodes.items()
+                if any(graph.get_constant(c).is_param for c in n.consts)
+            },
         }
         for flag, start in sources.items():
             for id in self._reach(start - self.queries, self.edges.successors):
@@ -103,8 +119,12 @@ class Naive:
         found = self._reach(wanted - self.queries, self.edges.predecessors, through_queries=True)
         return found | wanted
 
-    def _reach(self, start: Iterable[str], step: object, *, through_queries: bool = False) -> set[str]:
-        """What `start` reaches. Nothing flows out of a shape query; walking backwards one is reached and not walked through."""
+    def _reach(
+        self, start: Iterable[str], step: object, *, through_queries: bool = False
+    ) -> set[str]:
+        """What `start` reaches. Nothing flows out of a shape query; walking backwards one is
+        reached and not walked through.
+        """
         found, stack = set(start), list(start)
         while stack:
             id = stack.pop()
@@ -134,7 +154,13 @@ class Naive:
         at: object = dominators[_SINK]
         while at != _SOURCE:
             assert isinstance(at, str)
-            read = {r.idx for user in flow.successors(at) if user != _SINK for r in graph.nodes[str(user)].refs if r.id == at}
+            read = {
+                r.idx
+                for user in flow.successors(at)
+                if user != _SINK
+                for r in graph.nodes[str(user)].refs
+                if r.id == at
+            }
             if len(read) <= 1:
                 cuts.insert(0, at)
             at = dominators[at]
@@ -159,11 +185,15 @@ class Naive:
             for user in self.edges.successors(id):
                 found |= {self.member[user]} if user in self.data else reached.get(user, set())
             reached[id] = found
-        return {id: next(iter(found)) if len(found) == 1 else CONTEXT for id, found in reached.items()}
+        return {
+            id: next(iter(found)) if len(found) == 1 else CONTEXT for id, found in reached.items()
+        }
 
 
 def index_faults(graph: Graph) -> Iterator[tuple[str, str]]:
-    """Where what a draft maintains (users, constant users, labels, symbols, hash) is not what the graph says."""
+    """Where what a draft maintains (users, constant users, labels, symbols, hash) is not what the
+    graph says.
+    """
     users: dict[str, dict[str, int]] = {}
     const_users: dict[str, dict[str, int]] = {}
     reads = [(ref.id, id) for id, node in graph.nodes.items() for ref in node.refs]
@@ -177,16 +207,26 @@ def index_faults(graph: Graph) -> Iterator[tuple[str, str]]:
             counts = const_users.setdefault(graph.aliases.get(name, name), {})
             counts[id] = counts.get(id, 0) + 1
     yield from _map_faults("users", {k: dict(v) for k, v in graph.users.items()}, users)
-    yield from _map_faults("const_users", {k: dict(v) for k, v in graph.const_users.items()}, const_users)
+    yield from _map_faults(
+        "const_users", {k: dict(v) for k, v in graph.const_users.items()}, const_users
+    )
     known = set(graph.nodes) | {name for name, _ in graph.inputs}
-    yield from ((f"users {owner}", "is no value of the graph") for owner in sorted(set(users) - known))
+    yield from (
+        (f"users {owner}", "is no value of the graph") for owner in sorted(set(users) - known)
+    )
     missing = sorted(const_users.keys() - graph.constants.keys())
     yield from ((f"const_users {name}", "is no constant of the graph") for name in missing)
     for alias, name in graph.aliases.items():
         if name not in graph.constants or alias in graph.constants:
-            yield f"aliases {alias}", f"is tied to {name}; a tied name stands for one constant and is none itself"
+            yield (
+                f"aliases {alias}",
+                f"is tied to {name}; a tied name stands for one constant and is none itself",
+            )
     if set(graph.labels) != set(graph.nodes):
-        yield "labels", f"are not those of the nodes: {sorted(set(graph.labels) ^ set(graph.nodes))[:5]}"
+        yield (
+            "labels",
+            f"are not those of the nodes: {sorted(set(graph.labels) ^ set(graph.nodes))[:5]}",
+        )
     for owner, user in reads:
         if owner in graph.nodes and graph.labels.get(owner, 0) >= graph.labels.get(user, 1):
             yield f"labels {owner}", f"is not before its user {user}"
@@ -200,7 +240,10 @@ def index_faults(graph: Graph) -> Iterator[tuple[str, str]]:
 def digest(graph: Graph) -> int:
     """The hash of a graph's content, summed part by part."""
     parts = [part_digest("node", n.id, n.op, n.args, n.kwargs) for n in graph.nodes.values()]
-    parts += [part_digest("const", n, c.digest, str(c.type), c.is_param) for n, c in graph.constants.items()]
+    parts += [
+        part_digest("const", n, c.digest, str(c.type), c.is_param)
+        for n, c in graph.constants.items()
+    ]
     parts += [part_digest("alias", alias, name) for alias, name in graph.aliases.items()]
     if graph.inputs or graph.outputs or graph.symbols:
         parts.append(part_digest("frame", graph.inputs, graph.outputs, graph.symbols))
@@ -209,12 +252,16 @@ def digest(graph: Graph) -> int:
 
 def is_query(op: str) -> bool:
     """Whether the op yields a symbolic integer."""
-    return op.startswith("sym.") or op.removeprefix("aten.").partition(".")[0] in ("sym_size", "sym_numel", "sym_stride")
+    return op.startswith("sym.") or op.removeprefix("aten.").partition(".")[0] in (
+        "sym_size",
+        "sym_numel",
+        "sym_stride",
+    )
 
 
-def _map_faults(name: str, got: dict[str, dict[str, int]], want: dict[str, dict[str, int]]) -> Iterator[tuple[str, str]]:
+def _map_faults(
+    name: str, got: dict[str, dict[str, int]], want: dict[str, dict[str, int]]
+) -> Iterator[tuple[str, str]]:
     for key in sorted(got.keys() | want.keys()):
         if got.get(key) != want.get(key):
             yield f"{name} {key}", f"is {got.get(key)}, the nodes say {want.get(key)}"
-
-

@@ -1,7 +1,9 @@
-"""The worklist all per-node facts share: recompute a fact in topological order, stop where it comes out the same.
+"""The worklist all per-node facts share: recompute a fact in topological order, stop where it comes
+out the same.
 
-Forward facts (types, traits) flow from operands to users, backward ones (liveness, homes) from users to operands. A node is recomputed
-at most once a pass, after everything it depends on; where the new value equals the old one the wave ends there (early cut-off).
+Forward facts (types, traits) flow from operands to users, backward ones (liveness, homes) from
+users to operands. A node is recomputed at most once a pass, after everything it depends on; where
+the new value equals the old one the wave ends there (early cut-off).
 """
 
 import heapq
@@ -10,8 +12,8 @@ from typing import Any
 
 import immutables
 
-from graphopt.graph import Graph
 from graphopt.draft import OUTPUT_PREFIX
+from graphopt.graph import Graph
 
 Trace = Callable[[str, str], None]
 
@@ -27,7 +29,8 @@ def propagate(
 ) -> set[str]:
     """Recomputes `facts` from `seeds` on; returns the ids whose fact changed.
 
-    `key` orders ids so that a fact's dependencies come first; `dependents` are the ids that read the fact of an id.
+    `key` orders ids so that a fact's dependencies come first; `dependents` are the ids that read
+    the fact of an id.
     """
     changed: set[str] = set()
     queued = set(seeds)

@@ -1,8 +1,10 @@
 """Regions: what one block computes, told apart from where it stands and from its weights.
 
-The structure key of a region is a canonical text of its nodes, numbered by a depth-first walk from its exits in operand order; operands
-are ordered, so this takes no isomorphism search. Values from outside, constants and symbols are numbered as they are met and described by
-type alone, so the twelve layers of an encoder share one key, and an edit upstream leaves the keys downstream as they were.
+The structure key of a region is a canonical text of its nodes, numbered by a depth-first walk from
+its exits in operand order; operands are ordered, so this takes no isomorphism search. Values from
+outside, constants and symbols are numbered as they are met and described by type alone, so the
+twelve layers of an encoder share one key, and an edit upstream leaves the keys downstream as they
+were.
 """
 
 from collections.abc import Callable
@@ -20,8 +22,9 @@ Types = Callable[[Ref], ValueType]
 class Region:
     """A block ready to be given to a backend.
 
-    `order` lists its nodes, operands first. `reads`, `consts` and `symbols` are what it takes from outside, `exits` what it hands out, each
-    in canonical order: two regions of equal `key` differ only in these names.
+    `order` lists its nodes, operands first. `reads`, `consts` and `symbols` are what it takes from
+    outside, `exits` what it hands out, each in canonical order: two regions of equal `key` differ
+    only in these names.
     """
 
     key: str
@@ -32,13 +35,19 @@ class Region:
     exits: tuple[Ref, ...]
 
 
-def build_region(graph: Graph, types: Types, exits: tuple[Ref, ...], is_inside: Callable[[str], bool]) -> Region:
-    """The region that computes `exits` from values outside; `is_inside` tells which nodes belong to it. O(nodes of the region)."""
+def build_region(
+    graph: Graph, types: Types, exits: tuple[Ref, ...], is_inside: Callable[[str], bool]
+) -> Region:
+    """The region that computes `exits` from values outside; `is_inside` tells which nodes belong to
+    it. O(nodes of the region).
+    """
     walk = _Walk(graph, types, is_inside)
     taps = [walk.visit(ref) for ref in exits]
     walk.text.append(f"exits {taps}")
     key = blake2b("\n".join(walk.text).encode(), digest_size=20).hexdigest()
-    return Region(key, tuple(walk.order), tuple(walk.reads), tuple(walk.consts), tuple(walk.symbols), exits)
+    return Region(
+        key, tuple(walk.order), tuple(walk.reads), tuple(walk.consts), tuple(walk.symbols), exits
+    )
 
 
 class _Walk:

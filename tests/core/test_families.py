@@ -1,4 +1,6 @@
-"""Facts of the six families at a real depth: how far blocks reach, what layers share, and that torch agrees with every type."""
+"""Facts of the six families at a real depth: how far blocks reach, what layers share, and that
+torch agrees with every type.
+"""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -21,30 +23,47 @@ from helpers.graphs import reference, same_outputs
 
 torch.set_num_threads(1)
 
-LARGEST_BLOCK = 40  # nodes: the issue's bound, and what a candidate search inside one block can bear
+LARGEST_BLOCK = (
+    40  # nodes: the issue's bound, and what a candidate search inside one block can bear
+)
 DEEP = zoo.SMALL | {"num_hidden_layers": 4}
-VIT = {key: value for key, value in DEEP.items() if key != "vocab_size"} | {"image_size": 32, "patch_size": 8}
+VIT = {key: value for key, value in DEEP.items() if key != "vocab_size"} | {
+    "image_size": 32,
+    "patch_size": 8,
+}
 MODELS: dict[str, Callable[[], Any]] = {
     "bert": lambda: transformers.BertForSequenceClassification(transformers.BertConfig(**DEEP)),
     "vit": lambda: transformers.ViTForImageClassification(transformers.ViTConfig(**VIT)),
     "resnet": lambda: transformers.ResNetForImageClassification(
-        transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16, 32, 64], depths=[2, 2, 2, 2], image_size=32)
+        transformers.ResNetConfig(
+            embedding_size=8, hidden_sizes=[8, 16, 32, 64], depths=[2, 2, 2, 2], image_size=32
+        )
     ),
     "mobilenet": lambda: transformers.MobileNetV2ForImageClassification(
         transformers.MobileNetV2Config(image_size=32, depth_multiplier=0.25)
     ),
     "gpt2": lambda: transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(n_embd=32, n_layer=4, n_head=4, vocab_size=zoo.VOCAB, n_positions=64, **zoo.IDS)
+        transformers.GPT2Config(
+            n_embd=32, n_layer=4, n_head=4, vocab_size=zoo.VOCAB, n_positions=64, **zoo.IDS
+        )
     ),
     "llama": lambda: transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**DEEP, num_key_value_heads=2, max_position_embeddings=64, **zoo.IDS)
+        transformers.LlamaConfig(
+            **DEEP, num_key_value_heads=2, max_position_embeddings=64, **zoo.IDS
+        )
     ),
-}  # fmt: skip
-# family -> blocks, data nodes of the largest, nodes of its region (with the context nodes only it reads), as transformers 5 writes the models.
-# A Llama region has 42: two unsqueezes of the rotary table a layer, which merging equal nodes makes one context value.
+}
+# family -> blocks, data nodes of the largest, nodes of its region (with the context nodes only it
+# reads), as transformers 5 writes the models. A Llama region has 42: two unsqueezes of the rotary
+# table a layer, which merging equal nodes makes one context value.
 SHAPES = {
-    "bert": (24, 14, 14), "vit": (16, 15, 15), "resnet": (23, 11, 11), "mobilenet": (94, 12, 12), "gpt2": (12, 18, 18), "llama": (12, 40, 42),
-}  # fmt: skip
+    "bert": (24, 14, 14),
+    "vit": (16, 15, 15),
+    "resnet": (23, 11, 11),
+    "mobilenet": (94, 12, 12),
+    "gpt2": (12, 18, 18),
+    "llama": (12, 40, 42),
+}
 
 
 @lru_cache
@@ -85,7 +104,9 @@ def test_an_edit_in_the_middle_touches_two_percent_and_equals_scratch(family: st
     plan = build_plan(facts, 1, make)
     chain = [block.exit for block in facts.blocks]
     cut = Ref(chain[len(chain) // 2])
-    applied = apply_fully(facts.graph, Delta([AddNode("gate", "aten.tanh.default", (cut,)), Rewire(cut, Ref("gate"))]))
+    applied = apply_fully(
+        facts.graph, Delta([AddNode("gate", "aten.tanh.default", (cut,)), Rewire(cut, Ref("gate"))])
+    )
     done = update(facts, applied.graph, applied.change)
     after, remade = replan(plan, done, 2, make)
     assert len(done.reran["type"]) <= max(0.02 * len(facts.graph), 5)
@@ -100,4 +121,7 @@ def test_context_runs_once_and_first(family: str) -> None:
     facts = facts_of(family)
     plan = build_plan(facts, 1, EagerBuilder())
     blocks = [step.block for step in plan.steps]
-    assert blocks == [*([CONTEXT] if CONTEXT in facts.regions else []), *(block.exit for block in facts.blocks)]
+    assert blocks == [
+        *([CONTEXT] if CONTEXT in facts.regions else []),
+        *(block.exit for block in facts.blocks),
+    ]

@@ -4,7 +4,17 @@ import pytest
 import torch
 
 from graphopt.analysis.facts import Facts, Update, analyse, update
-from graphopt.delta import AddNode, Delta, Edit, PutConstant, RemoveNode, Rewire, SetAttr, SetOutputs, apply_fully
+from graphopt.delta import (
+    AddNode,
+    Delta,
+    Edit,
+    PutConstant,
+    RemoveNode,
+    Rewire,
+    SetAttr,
+    SetOutputs,
+    apply_fully,
+)
 from graphopt.graph import Graph, Ref
 from graphopt.types import TensorType
 from helpers.graphs import transformer
@@ -44,9 +54,13 @@ def test_weights_of_the_same_shape_rerun_nothing(model: Facts) -> None:
     assert done.facts.regions == model.regions
 
 
-def test_weights_of_another_shape_rerun_types_up_to_where_the_shape_is_the_same_again(model: Facts) -> None:
+def test_weights_of_another_shape_rerun_types_up_to_where_the_shape_is_the_same_again(
+    model: Facts,
+) -> None:
     wider = (("up.weight", (12, 8)), ("up.bias", (12,)), ("down.weight", (8, 12)))
-    done = edited(model, *(PutConstant(f"layer.1/{name}", torch.zeros(shape)) for name, shape in wider))
+    done = edited(
+        model, *(PutConstant(f"layer.1/{name}", torch.zeros(shape)) for name, shape in wider)
+    )
     assert done.reran == {
         "type": ["layer.1/up", "layer.1/gelu", "layer.1/down"],
         "traits": ["layer.1/up", "layer.1/down"],
@@ -56,15 +70,23 @@ def test_weights_of_another_shape_rerun_types_up_to_where_the_shape_is_the_same_
 
 def test_a_new_head_reruns_the_head(model: Facts) -> None:
     done = edited(
-        model, PutConstant("classifier.weight", torch.zeros(5, 8)), PutConstant("classifier.bias", torch.zeros(5))
+        model,
+        PutConstant("classifier.weight", torch.zeros(5, 8)),
+        PutConstant("classifier.bias", torch.zeros(5)),
     )
-    assert done.reran == {"type": ["classifier"], "traits": ["classifier"], "region": ["classifier"]}
+    assert done.reran == {
+        "type": ["classifier"],
+        "traits": ["classifier"],
+        "region": ["classifier"],
+    }
     assert done.facts.type_of(Ref("classifier")).shape[1] == 5
 
 
 def test_a_node_in_the_mask_reruns_its_readers_and_cuts_off_there(model: Facts) -> None:
     done = edited(
-        model, AddNode("mask/soft", "aten.mul.Tensor", (Ref("mask"), 0.5)), Rewire(Ref("mask"), Ref("mask/soft"))
+        model,
+        AddNode("mask/soft", "aten.mul.Tensor", (Ref("mask"), 0.5)),
+        Rewire(Ref("mask"), Ref("mask/soft")),
     )
     readers = [f"layer.{idx}/attention" for idx in range(LAYERS)]
     assert done.reran == {
@@ -90,7 +112,9 @@ def test_an_attribute_of_the_mask_reruns_the_context_region_alone(model: Facts) 
     assert done.regions_changed == {"$context"}
 
 
-def test_an_output_tapped_at_a_cut_changes_no_region_and_lets_its_reader_keep_it(model: Facts) -> None:
+def test_an_output_tapped_at_a_cut_changes_no_region_and_lets_its_reader_keep_it(
+    model: Facts,
+) -> None:
     done = edited(model, SetOutputs((*model.graph.outputs, ("hidden", Ref("layer.1/norm")))))
     assert done.reran == {"live": ["layer.1/norm"], "region": ["classifier", "layer.1/norm"]}
     assert not done.regions_changed
@@ -130,7 +154,11 @@ def test_a_bypassed_node_reruns_its_user_and_one_block(model: Facts) -> None:
 
 def test_a_node_nothing_needs_changes_no_block(model: Facts) -> None:
     done = edited(model, AddNode("unused", "aten.relu.default", (UP,)))
-    assert done.reran == {"type": ["unused"], "traits": ["unused"], "live": ["unused", "layer.1/up"]}
+    assert done.reran == {
+        "type": ["unused"],
+        "traits": ["unused"],
+        "live": ["unused", "layer.1/up"],
+    }
     assert not done.regions_changed | done.regions_gone | done.weights_changed | done.released
 
 
@@ -163,7 +191,9 @@ def test_parallel_heads_stay_in_one_last_block() -> None:
     graph: Graph = transformer(1)
     heads = [
         PutConstant("other.weight", torch.zeros(2, 8)),
-        AddNode("other", "aten.linear.default", (Ref("pooler/tanh"), graph.nodes["classifier"].args[1])),
+        AddNode(
+            "other", "aten.linear.default", (Ref("pooler/tanh"), graph.nodes["classifier"].args[1])
+        ),
         SetOutputs((*graph.outputs, ("other", Ref("other")))),
     ]
     facts = edited(analyse(graph), *heads[1:]).facts

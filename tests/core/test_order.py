@@ -1,4 +1,6 @@
-"""Topological labels: valid after any insertion, whatever room is left, and moved only between the ends of the new edge."""
+"""Topological labels: valid after any insertion, whatever room is left, and moved only between the
+ends of the new edge.
+"""
 
 from random import Random
 
@@ -18,7 +20,9 @@ def dag(random: Random, count: int) -> nx.DiGraph:
     ids = [f"n{i}" for i in range(count)]
     random.shuffle(ids)
     graph.add_nodes_from(ids)
-    graph.add_edges_from((a, b) for i, a in enumerate(ids) for b in ids[i + 1 :] if random.randint(0, 3) == 0)
+    graph.add_edges_from(
+        (a, b) for i, a in enumerate(ids) for b in ids[i + 1 :] if random.randint(0, 3) == 0
+    )
     return graph
 
 
@@ -26,7 +30,9 @@ def dense_labels(random: Random, graph: nx.DiGraph) -> dict[str, int]:
     """Labels as small as they can be and as equal as they may be, sometimes."""
     labels: dict[str, int] = {}
     for id in nx.topological_sort(graph):
-        labels[id] = max((labels[op] for op in graph.predecessors(id)), default=0) + random.choice((1, 1, 2, 5))
+        labels[id] = max((labels[op] for op in graph.predecessors(id)), default=0) + random.choice(
+            (1, 1, 2, 5)
+        )
     return labels
 
 
@@ -70,7 +76,9 @@ def test_new_nodes_are_placed_between_their_neighbours_where_they_fit(random: Ra
     order = topological(sorted(new), graph.predecessors, graph.successors)
     place(labels, order, graph.predecessors, graph.successors)
     for a, b in graph.edges:
-        assert labels[a] < labels[b] or (a in new and b not in new), "only an old user may have to move"
+        assert labels[a] < labels[b] or (a in new and b not in new), (
+            "only an old user may have to move"
+        )
 
 
 def test_a_cycle_is_named_node_by_node() -> None:

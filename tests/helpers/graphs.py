@@ -1,4 +1,6 @@
-"""Graph builders for tests and benchmarks: a transformer of any depth, NAS-Bench-201 cells, and what a graph means."""
+"""Graph builders for tests and benchmarks: a transformer of any depth, NAS-Bench-201 cells, and
+what a graph means.
+"""
 
 import operator
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,7 +35,11 @@ class Builder:
         self._random = torch.Generator().manual_seed(seed)
 
     def node(self, id: str, op: str, *args: Any, **kwargs: Any) -> Ref:
-        self.nodes.append(make_node(id, f"aten.{op}" if "." in op and not op.startswith("sym.") else op, args, kwargs))
+        self.nodes.append(
+            make_node(
+                id, f"aten.{op}" if "." in op and not op.startswith("sym.") else op, args, kwargs
+            )
+        )
         return Ref(id)
 
     def weight(self, name: str, *shape: int, is_param: bool = True, scale: float = 0.3) -> Const:
@@ -50,18 +56,34 @@ class Builder:
         return self.node(id, "layer_norm.default", x, (size,), weight, bias)
 
 
-def transformer(n_layers: int = 2, hidden: int = 8, heads: int = 2, vocab: int = 16, n_labels: int = 3) -> Graph:
-    """An encoder as transformers exports one: embeddings, a mask every layer reads, layers, a pooler, a classifier."""
+def transformer(
+    n_layers: int = 2, hidden: int = 8, heads: int = 2, vocab: int = 16, n_labels: int = 3
+) -> Graph:
+    """An encoder as transformers exports one: embeddings, a mask every layer reads, layers, a
+    pooler, a classifier.
+    """
     b = Builder()
     ids, seq = Ref("input_ids"), b.node("seq", "sym_size.int", Ref("input_ids"), 1)
     table = b.weight("position_ids", 1, 32, is_param=False)
     b.constants["position_ids"] = constant_of(torch.arange(32)[None], is_param=False)
     positions = b.node("positions", "slice.Tensor", table, 1, 0, seq)
-    words = b.node("embeddings/word", "embedding.default", b.weight("embeddings.word.weight", vocab, hidden), ids)
-    places = b.node("embeddings/position", "embedding.default", b.weight("embeddings.position.weight", 32, hidden), positions)
+    words = b.node(
+        "embeddings/word",
+        "embedding.default",
+        b.weight("embeddings.word.weight", vocab, hidden),
+        ids,
+    )
+    places = b.node(
+        "embeddings/position",
+        "embedding.default",
+        b.weight("embeddings.position.weight", 32, hidden),
+        positions,
+    )
     x = b.norm("embeddings/norm", b.node("embeddings/add", "add.Tensor", words, places), hidden)
     mask = b.node("mask/float", "_to_copy.default", Ref("attention_mask"), dtype="f32")
-    mask = b.node("mask/view", "unsqueeze.default", b.node("mask/row", "unsqueeze.default", mask, 1), 1)
+    mask = b.node(
+        "mask/view", "unsqueeze.default", b.node("mask/row", "unsqueeze.default", mask, 1), 1
+    )
     mask = b.node("mask", "mul.Tensor", b.node("mask/inverse", "rsub.Scalar", mask, 1.0), -1e4)
     for idx in range(n_layers):
         x = encoder_layer(b, f"layer.{idx}", x, mask, seq, hidden, heads)
@@ -71,20 +93,30 @@ def transformer(n_layers: int = 2, hidden: int = 8, heads: int = 2, vocab: int =
     shape = (BATCH, SEQ)
     inputs = [("input_ids", TensorType("i64", shape)), ("attention_mask", TensorType("i64", shape))]
     symbols = [Symbol("batch", 1, 64), Symbol("seq", 2, 32)]
-    return Graph.build("transformer", b.nodes, inputs, [("logits", logits)], b.constants, None, symbols)
+    return Graph.build(
+        "transformer", b.nodes, inputs, [("logits", logits)], b.constants, None, symbols
+    )
 
 
-def encoder_layer(b: Builder, name: str, x: Ref, mask: Ref, seq: Ref, hidden: int, heads: int) -> Ref:
+def encoder_layer(
+    b: Builder, name: str, x: Ref, mask: Ref, seq: Ref, hidden: int, heads: int
+) -> Ref:
     """One post-norm encoder layer of 20 nodes: six cuts' worth of blocks are what tests count on."""
     parts = {}
     for part in ("query", "key", "value"):
         projected = b.linear(f"{name}/{part}", x, hidden, hidden)
-        split = b.node(f"{name}/{part}/view", "view.default", projected, (-1, seq, heads, hidden // heads))
+        split = b.node(
+            f"{name}/{part}/view", "view.default", projected, (-1, seq, heads, hidden // heads)
+        )
         parts[part] = b.node(f"{name}/{part}/heads", "transpose.int", split, 1, 2)
-    mixed = b.node(f"{name}/attention", "scaled_dot_product_attention.default", *parts.values(), mask)
+    mixed = b.node(
+        f"{name}/attention", "scaled_dot_product_attention.default", *parts.values(), mask
+    )
     back = b.node(f"{name}/attention/back", "transpose.int", mixed, 1, 2)
     rows = b.node(f"{name}/attention/view", "reshape.default", back, (-1, seq, hidden))
-    x = b.node(f"{name}/attention/add", "add.Tensor", b.linear(f"{name}/out", rows, hidden, hidden), x)
+    x = b.node(
+        f"{name}/attention/add", "add.Tensor", b.linear(f"{name}/out", rows, hidden, hidden), x
+    )
     x = b.norm(f"{name}/attention/norm", x, hidden)
     inner = b.node(f"{name}/gelu", "gelu.default", b.linear(f"{name}/up", x, hidden, 2 * hidden))
     y = b.node(f"{name}/add", "add.Tensor", b.linear(f"{name}/down", inner, 2 * hidden, hidden), x)
@@ -100,7 +132,15 @@ CELL_EDGES = ((0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3))
 def cell_network(cells: Sequence[Sequence[str]], channels: int = 4) -> Graph:
     """Cells in a row between a stem and a head; `cells` name the op of each edge of each cell."""
     b = Builder(1)
-    x = b.node("stem", "conv2d.default", Ref("image"), b.weight("stem.weight", channels, 3, 3, 3), None, (1, 1), (1, 1))
+    x = b.node(
+        "stem",
+        "conv2d.default",
+        Ref("image"),
+        b.weight("stem.weight", channels, 3, 3, 3),
+        None,
+        (1, 1),
+        (1, 1),
+    )
     for idx, ops in enumerate(cells):
         sums: list[Ref] = [x]
         for target in range(1, 4):
@@ -116,7 +156,15 @@ def cell_network(cells: Sequence[Sequence[str]], channels: int = 4) -> Graph:
     pooled = b.node("pool", "mean.dim", x, (2, 3))
     logits = b.linear("head", pooled, channels, 5)
     image = TensorType("f32", (BATCH, 3, 6, 6))
-    return Graph.build("cells", b.nodes, [("image", image)], [("logits", logits)], b.constants, None, [Symbol("batch", 1, 8)])
+    return Graph.build(
+        "cells",
+        b.nodes,
+        [("image", image)],
+        [("logits", logits)],
+        b.constants,
+        None,
+        [Symbol("batch", 1, 8)],
+    )
 
 
 def cell_edge(b: Builder, id: str, op: str, x: Ref, channels: int) -> Ref:
@@ -131,7 +179,15 @@ def cell_edge(b: Builder, id: str, op: str, x: Ref, channels: int) -> Ref:
         case "conv1x1":
             return b.node(id, "conv2d.default", x, narrow)
         case "conv3x3":
-            return b.node(id, "conv2d.default", b.node(f"{id}/relu", "relu.default", x), wide, None, (1, 1), (1, 1))
+            return b.node(
+                id,
+                "conv2d.default",
+                b.node(f"{id}/relu", "relu.default", x),
+                wide,
+                None,
+                (1, 1),
+                (1, 1),
+            )
         case _:
             return b.node(id, "avg_pool2d.default", x, (3, 3), (1, 1), (1, 1))
 
@@ -159,7 +215,9 @@ def reference(graph: Graph, feeds: Mapping[str, torch.Tensor]) -> dict[str, torc
             positional = [param for param in node.spec.params if not param.is_keyword]
             args = [final(param, arg) for param, arg in zip(positional, node.args, strict=False)]
             kwargs = {name: final(params[name], arg) for name, arg in node.kwargs}
-            op = _SYM.get(node.op) or (torch.reshape if node.op in _AS_RESHAPE else get_overload(node.op))
+            op = _SYM.get(node.op) or (
+                torch.reshape if node.op in _AS_RESHAPE else get_overload(node.op)
+            )
             values[node.id] = op(*args, **kwargs)
     return {name: final(None, ref) for name, ref in graph.outputs}
 
@@ -171,7 +229,9 @@ def _in_order(graph: Graph) -> Iterator[Node]:
         stack = [id]
         while stack:
             at = stack[-1]
-            waiting = [r.id for r in graph.nodes[at].refs if r.id in graph.nodes and r.id not in done]
+            waiting = [
+                r.id for r in graph.nodes[at].refs if r.id in graph.nodes and r.id not in done
+            ]
             if at in done or not waiting:
                 stack.pop()
                 if at not in done:
@@ -197,10 +257,15 @@ def feeds_of(graph: Graph, sizes: Mapping[str, int], seed: int = 0) -> dict[str,
 def same_outputs(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> bool:
     """Whether names, order, dtypes and every bit agree."""
     return list(left) == list(right) and all(
-        a.dtype == b.dtype and a.shape == b.shape and bits(a) == bits(b) for a, b in zip(left.values(), right.values(), strict=True)
+        a.dtype == b.dtype and a.shape == b.shape and bits(a) == bits(b)
+        for a, b in zip(left.values(), right.values(), strict=True)
     )
 
 
 def bits(tensor: torch.Tensor) -> bytes:
     """The bytes of a tensor's elements, nan included."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+    return (
+        tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        if tensor.numel()
+        else b""
+    )

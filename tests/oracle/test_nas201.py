@@ -1,7 +1,9 @@
-"""The delta oracle: single-edge deltas between NAS-Bench-201 cells on a live graph, against the same network built anew.
+"""The delta oracle: single-edge deltas between NAS-Bench-201 cells on a live graph, against the
+same network built anew.
 
-Every delta changes the op of one edge of one cell. After each the live graph must have the rebuilt graph's hash, facts and plan, and compute
-the same bits. Wrong answers allowed: none. GRAPHOPT_NAS_DELTAS sets the number of a soak.
+Every delta changes the op of one edge of one cell. After each the live graph must have the rebuilt
+graph's hash, facts and plan, and compute the same bits. Wrong answers allowed: none.
+GRAPHOPT_NAS_DELTAS sets the number of a soak.
 """
 
 import os
@@ -15,7 +17,16 @@ from graphopt.delta import AddNode, Delta, Edit, RemoveNode, apply_fully, invert
 from graphopt.executor.build import EagerBuilder, build_plan, replan
 from graphopt.executor.plan import run_plan
 from graphopt.graph import Graph
-from helpers.graphs import CELL_EDGES, CELL_OPS, Builder, cell_edge, cell_network, feeds_of, reference, same_outputs
+from helpers.graphs import (
+    CELL_EDGES,
+    CELL_OPS,
+    Builder,
+    cell_edge,
+    cell_network,
+    feeds_of,
+    reference,
+    same_outputs,
+)
 
 SOAK_DELTAS = int(os.environ.get("GRAPHOPT_NAS_DELTAS", "20000"))
 N_CELLS = 2
@@ -24,12 +35,16 @@ Cells = list[list[str]]
 
 
 def edge_delta(graph: Graph, id: str, op: str) -> Delta:
-    """The delta that puts `op` on the edge `id`, as a person would write it: the old nodes out, the new ones in."""
+    """The delta that puts `op` on the edge `id`, as a person would write it: the old nodes out, the
+    new ones in.
+    """
     source = graph.nodes[f"{id}/relu"] if f"{id}/relu" in graph.nodes else graph.nodes[id]
     scratch = Builder()
     cell_edge(scratch, id, op, source.refs[0], 4)
     removed: list[Edit] = [RemoveNode(name) for name in (id, f"{id}/relu") if name in graph.nodes]
-    return Delta([*removed, *(AddNode(node.id, node.op, node.args, node.kwargs) for node in scratch.nodes)])
+    return Delta(
+        [*removed, *(AddNode(node.id, node.op, node.args, node.kwargs) for node in scratch.nodes)]
+    )
 
 
 def run_deltas(count: int, seed: int) -> dict[str, int]:

@@ -1,4 +1,6 @@
-"""A graph under edits, with its facts and its plan carried from one revision to the next and checked at every one."""
+"""A graph under edits, with its facts and its plan carried from one revision to the next and
+checked at every one.
+"""
 
 from random import Random
 
@@ -64,7 +66,9 @@ class LiveGraph:
 
 
 def check(facts: Facts, plan: Plan) -> None:
-    """Facts and plan are those of a graph never seen before, and the plan computes what the graph means, bit for bit."""
+    """Facts and plan are those of a graph never seen before, and the plan computes what the graph
+    means, bit for bit.
+    """
     check_facts(facts, sizes=())
     scratch = analyse(facts.graph)
     compare_facts(facts, scratch)
@@ -75,7 +79,9 @@ def check(facts: Facts, plan: Plan) -> None:
     feeds = feeds_of(facts.graph, sizes, plan.revision)
     try:
         expected = reference(facts.graph, feeds)
-    except IndexError:  # an embedding asked for a row it does not have: contents, which no type knows
+    except (
+        IndexError
+    ):  # an embedding asked for a row it does not have: contents, which no type knows
         return
     assert same_outputs(run_plan(plan, feeds), expected)
 
@@ -83,6 +89,16 @@ def check(facts: Facts, plan: Plan) -> None:
 def row(step: Step) -> tuple[object, ...]:
     """What a step does, its constants by identity."""
     return (
-        step.block, step.tier, step.key, step.weights, step.digest, step.function, step.reads, [id(c) for c in step.constants],
-        step.symbols, step.writes, set(step.frees), step.nodes,
-    )  # fmt: skip
+        step.block,
+        step.tier,
+        step.key,
+        step.weights,
+        step.digest,
+        step.function,
+        step.reads,
+        [id(c) for c in step.constants],
+        step.symbols,
+        step.writes,
+        set(step.frees),
+        step.nodes,
+    )

@@ -1,12 +1,25 @@
-"""The laws of deltas (graphopt.delta): apply, compose, invert and difference, order labels, and refusals that leave no trace."""
+"""The laws of deltas (graphopt.delta): apply, compose, invert and difference, order labels, and
+refusals that leave no trace.
+"""
 
+from contextlib import suppress
 from random import Random
 
 from hypothesis import given, settings
 
 from graphopt.analysis.facts import analyse
 from graphopt.analysis.naive import digest, index_faults
-from graphopt.delta import AddNode, Delta, Rewire, SetOutputs, apply, apply_fully, compose, difference, invert
+from graphopt.delta import (
+    AddNode,
+    Delta,
+    Rewire,
+    SetOutputs,
+    apply,
+    apply_fully,
+    compose,
+    difference,
+    invert,
+)
 from graphopt.errors import GraphoptError
 from graphopt.graph import Graph, Ref
 from graphopt.nodes import make_node
@@ -31,10 +44,15 @@ def drawn(random: Random, count: int) -> tuple[Graph, list[Delta]]:
 def is_same(left: Graph, right: Graph) -> bool:
     """Equal in content and hash, however they came to be; labels apart."""
     return (
-        left.hash == right.hash and left.nodes == right.nodes and left.constants == right.constants and left.aliases == right.aliases
-        and (left.inputs, left.outputs, left.symbols) == (right.inputs, right.outputs, right.symbols)
-        and left.users == right.users and left.const_users == right.const_users
-    )  # fmt: skip
+        left.hash == right.hash
+        and left.nodes == right.nodes
+        and left.constants == right.constants
+        and left.aliases == right.aliases
+        and (left.inputs, left.outputs, left.symbols)
+        == (right.inputs, right.outputs, right.symbols)
+        and left.users == right.users
+        and left.const_users == right.const_users
+    )
 
 
 @law
@@ -52,7 +70,9 @@ def test_composition_is_associative(random: Random) -> None:
     graph, deltas = drawn(random, 3)
     if len(deltas) == 3:
         a, b, c = deltas
-        assert is_same(apply(graph, compose(compose(a, b), c)), apply(graph, compose(a, compose(b, c))))
+        assert is_same(
+            apply(graph, compose(compose(a, b), c)), apply(graph, compose(a, compose(b, c)))
+        )
 
 
 @law
@@ -84,13 +104,21 @@ def test_a_change_names_everything_that_differs_and_nothing_else(random: Random)
         applied = apply_fully(graph, delta)
         after, change = applied.graph, applied.change
         ids = set(graph.nodes) | set(after.nodes)
-        assert change.nodes == {id for id in ids if id in after.nodes and after.nodes[id] != graph.nodes.get(id)}
+        assert change.nodes == {
+            id for id in ids if id in after.nodes and after.nodes[id] != graph.nodes.get(id)
+        }
         assert change.removed == set(graph.nodes) - set(after.nodes)
         owners = set(graph.users) | set(after.users)
         assert change.used == {id for id in owners if graph.users.get(id) != after.users.get(id)}
-        assert change.relabelled == {id for id in after.nodes if graph.labels.get(id) != after.labels[id]}
+        assert change.relabelled == {
+            id for id in after.nodes if graph.labels.get(id) != after.labels[id]
+        }
         assert change.inputs == {n for n, _ in set(graph.inputs) ^ set(after.inputs)}
-        names = {n for n in set(graph.constants) | set(after.constants) if graph.constants.get(n) != after.constants.get(n)}
+        names = {
+            n
+            for n in set(graph.constants) | set(after.constants)
+            if graph.constants.get(n) != after.constants.get(n)
+        }
         tied = {name for alias, name in set(graph.aliases.items()) ^ set(after.aliases.items())}
         assert change.constants == names | tied
         assert change.outputs == (graph.outputs != after.outputs)
@@ -104,7 +132,13 @@ def test_every_graph_has_a_right_hash_users_and_labels(random: Random) -> None:
         graph = apply(graph, delta)
         assert list(index_faults(graph)) == []
         rebuilt = Graph.build(
-            graph.name, graph.nodes.values(), graph.inputs, graph.outputs, graph.constants, graph.aliases, graph.symbols
+            graph.name,
+            graph.nodes.values(),
+            graph.inputs,
+            graph.outputs,
+            graph.constants,
+            graph.aliases,
+            graph.symbols,
         )
         assert rebuilt.digest == graph.digest == digest(graph)
 
@@ -113,22 +147,40 @@ def test_every_graph_has_a_right_hash_users_and_labels(random: Random) -> None:
 @given(random=randoms)
 def test_a_refused_delta_leaves_the_graph_as_it_was(random: Random) -> None:
     graph = draw_graph(random, 8)
-    text, parts = str(graph), (graph.nodes, graph.users, graph.const_users, graph.constants, graph.labels, graph.outputs)
+    text, parts = (
+        str(graph),
+        (graph.nodes, graph.users, graph.const_users, graph.constants, graph.labels, graph.outputs),
+    )
     for _ in range(5):
         delta = draw_delta(random, graph, analyse(graph))
-        try:
+        with suppress(GraphoptError):
             apply(graph, delta)
-        except GraphoptError as error:
-            assert error.where.startswith("edits[") or error.message
         assert str(graph) == text
-        assert parts == (graph.nodes, graph.users, graph.const_users, graph.constants, graph.labels, graph.outputs)
+        assert parts == (
+            graph.nodes,
+            graph.users,
+            graph.const_users,
+            graph.constants,
+            graph.labels,
+            graph.outputs,
+        )
 
 
 def test_a_thousand_insertions_at_one_place_keep_the_order() -> None:
-    graph = apply(start(), Delta([AddNode("end", "aten.relu.default", (Ref("first"),)), SetOutputs((("y", Ref("end")),))]))
+    graph = apply(
+        start(),
+        Delta(
+            [AddNode("end", "aten.relu.default", (Ref("first"),)), SetOutputs((("y", Ref("end")),))]
+        ),
+    )
     relabelled = 0
     for idx in range(1000):
-        insert = Delta([AddNode(f"n{idx}", "aten.neg.default", (Ref("first"),)), Rewire(Ref("first"), Ref(f"n{idx}"))])
+        insert = Delta(
+            [
+                AddNode(f"n{idx}", "aten.neg.default", (Ref("first"),)),
+                Rewire(Ref("first"), Ref(f"n{idx}")),
+            ]
+        )
         applied = apply_fully(graph, insert)
         graph = applied.graph
         relabelled += len(applied.change.relabelled) > 1
