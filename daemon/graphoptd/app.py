@@ -15,10 +15,12 @@ import os
 import socket
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import graphopt
@@ -85,7 +87,7 @@ class App:
     async def start(self) -> None:
         """Serve. Raises GraphoptError; what had been started then waits for `stop`."""
         self._take_addresses()
-        await asyncio.to_thread(self._recover)
+        await _on_own_thread(self._recover)
         await self._load_configured()
         await self._run_each_model()
         await self._listen()
@@ -266,6 +268,23 @@ class App:
     def models(self) -> Mapping[str, LiveModel]:
         """The live models."""
         return self.host.models() if hasattr(self, "host") else {}
+
+
+async def _on_own_thread(work: Callable[[], None]) -> None:
+    """Run `work` on a thread that nobody joins: a stop during a long recovery need not wait for it."""
+    done: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
+    Thread(target=run, name="graphoptd-recovery", daemon=True).start()
+    # Shielded: to cancel the wait must not cancel a future that `run` will set.
+    await asyncio.shield(asyncio.wrap_future(done))
 
 
 def _figures(lane: Lane) -> dict[str, Any]:

@@ -85,7 +85,9 @@ class Service:
         self._garbage = Garbage()
         self._watch: Watch | None = None
         self._proofs: list[_Proof] = []
-        self._pinged_s = 0.0
+        self._told = ""  # the last STATUS
+        # systemd asks for a ping in half its limit; one that is late by a tick must do.
+        self._tick_s = min(TICK_S, (inherited.ping_period_s or TICK_S) / 2)
         self._started_s = time.monotonic()
         self._loop: asyncio.AbstractEventLoop
 
@@ -181,7 +183,7 @@ class Service:
     async def _serve(self) -> None:
         while not self._caught and not self._store_reason():
             with suppress(TimeoutError):
-                async with asyncio.timeout(TICK_S):
+                async with asyncio.timeout(self._tick_s):
                     await self._wake.wait()
             self._wake.clear()
             if self._wants_reload:
@@ -190,7 +192,7 @@ class Service:
                     await self.reload()
             self._app.tend()
             self._garbage.tick(self._app.is_idle())
-            self._ping()
+            self._prove()
 
     async def _stop(self) -> Outcome:
         start_s = time.monotonic()
@@ -266,20 +268,20 @@ class Service:
 
     # -- proof and status
 
-    def _ping(self) -> None:
+    def _prove(self) -> None:
+        """Ask each part again; ping and tell the status."""
         now_s = time.monotonic()
         stalled = [proof for proof in self._proofs if not proof.holds(now_s)]
         for proof in stalled:
             if not proof.told:
                 emit("daemon.stalled", reason=proof.name, silent_s=round(proof.silent_s(now_s), 1))
                 proof.told = True
-        period_s = self._inherited.ping_period_s
-        if period_s is None or now_s - self._pinged_s < period_s / 2:
-            return
-        self._pinged_s = now_s
-        if not stalled:
+        if self._inherited.watchdog_s is not None and not stalled:
             self._notifier.watchdog()
-            self._notifier.status(self._status())
+        status = f"stalled: {stalled[0].name}" if stalled else self._status()
+        if status != self._told:
+            self._notifier.status(status)
+            self._told = status
 
     def _status(self) -> str:
         models = self._app.models()

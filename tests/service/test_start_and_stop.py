@@ -103,6 +103,18 @@ def test_a_second_signal_cuts_off_what_is_left_and_says_so(
         assert (stopped["clean"], stopped["requests_cancelled"]) == (False, 1)
 
 
+def test_a_signal_while_it_starts_ends_it_like_any_other(
+    folder: Path, model_argv: list[str], zygote: Zygote
+) -> None:
+    with running(folder, model_argv, zygote) as daemon:
+        daemon.until("STATUS=recovering")
+        daemon.signal(signal.SIGTERM)
+        assert daemon.wait() == -signal.SIGTERM
+        daemon.log.text()
+        assert daemon.log.events("daemon.stopped")[0]["clean"] is True
+    assert not list((folder / "run").glob("*.sock"))
+
+
 def test_sockets_are_gone_after_a_stop_and_replaced_after_a_kill(
     folder: Path, model_argv: list[str], zygote: Zygote
 ) -> None:
@@ -142,6 +154,9 @@ def test_a_model_that_was_unloaded_does_not_come_back_by_itself(
 def test_watchdog_pings_follow_proofs(folder: Path, model_argv: list[str], zygote: Zygote) -> None:
     with running(folder, model_argv, zygote, WATCHDOG_USEC="1000000") as daemon:
         daemon.until("READY=1").until("WATCHDOG=1").until("STATUS=serving pair revision 1")
+        with daemon.control() as client:
+            apply(client, 1)
+        daemon.until("STATUS=serving pair revision 2")
 
 
 def test_a_text_for_people_follows_the_line_that_says_ready(
