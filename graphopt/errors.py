@@ -233,5 +233,5 @@ class FactsError(GraphoptError):
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """A remedy naming the `count` names nearest to `name`, or an empty string when nothing is near."""
-    close = get_close_matches(name, list(known), n=count, cutoff=0.4)
+    close = get_close_matches(name, list(dict.fromkeys(known)), n=count, cutoff=0.4)
     return f"did you mean {', '.join(close)}?" if close else ""

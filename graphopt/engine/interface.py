@@ -31,6 +31,7 @@ def check_interface(old: Facts, new: Facts) -> None:
     if faults:
         raise InterfaceChangeError(
             "the delta changes what clients send or get",
+            where=faults[0][0],
             remedy="say allow_interface_change: true if they are ready for it", detail=faults,
         )  # fmt: skip
 
