@@ -1,8 +1,9 @@
 """Every error a user can meet: what went wrong, where, and what to do about it.
 
-A `GraphoptError` carries a dotted `code` out of a closed set (the control socket and the logs send it), a `where`
-(a node, a file with line and column, a path inside a document), a `remedy`, and `detail`, the list of single faults
-when one document has several. The engine is unchanged whenever one is raised.
+A `GraphoptError` carries a dotted `code` out of a closed set (the control socket and the logs send
+it), a `where` (a node, a file with line and column, a path inside a document), a `remedy`, and
+`detail`, the list of single faults when one document has several. The engine is unchanged whenever
+one is raised.
 """
 
 from collections.abc import Iterable, Sequence
@@ -79,7 +80,9 @@ class UnknownConstantError(DeltaError):
 
 
 class UnknownOpError(DeltaError):
-    """An op is not in torch's registry, or may not be used in a graph (mutating, out=, random, I/O)."""
+    """An op is not in torch's registry, or may not be used in a graph (mutating, out=, random,
+    I/O).
+    """
 
     code = "delta.unknown_op"
 
@@ -220,7 +223,9 @@ class StateFullError(StateError):
 
 
 class StateFailedError(StateError):
-    """A sync or commit failed: nothing can be acknowledged any more; the process must exit and recover."""
+    """A sync or commit failed: nothing can be acknowledged any more; the process must exit and
+    recover.
+    """
 
     code = "state.failed"
 

@@ -31,7 +31,6 @@ from graphopt.executor.runs import run_of, run_region
 from graphopt.graph import Graph
 from graphopt.limits import REVISIONS_KEPT_MAX
 
-
 SUMMARY_EDITS_MAX = 3  # edits that one line of `history` names
 
 
@@ -325,7 +324,9 @@ def _summary(delta: Delta) -> str:
     words = []
     for edit in delta.edits[:SUMMARY_EDITS_MAX]:
         kind = re.sub(r"(?<!^)([A-Z])", r"_\1", type(edit).__name__).lower()
-        about = next((getattr(edit, f) for f in ("name", "id", "node", "source") if hasattr(edit, f)), "")
+        about = next(
+            (getattr(edit, f) for f in ("name", "id", "node", "source") if hasattr(edit, f)), ""
+        )
         words.append(f"{kind} {about}".strip())
     more = len(delta.edits) - len(words)
     return ", ".join(words) + (f" and {more} more" if more else "") or "no edits"

@@ -42,7 +42,8 @@ def is_noop(node: fx.Node, op: str) -> bool:
         same_layout = [str(s) for s in before.stride()] == [str(s) for s in after.stride()]
         if before.dtype == after.dtype and same_layout:
             return True
-        # A view in a graph is a reshape, which copies where it must: a copy made only to be viewed is made twice.
+        # A view in a graph is a reshape, which copies where it must: a copy made only to be viewed
+        # is made twice.
         return op == "aten.clone.default" and all(str(user.target) in _VIEWS for user in node.users)
     if op in _VIEWS:
         return [str(size) for size in before.shape] == [str(size) for size in after.shape]
