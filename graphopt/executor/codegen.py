@@ -77,7 +77,7 @@ class Source:
             literal != literal or literal in (float("inf"), float("-inf"))
         ):
             return self.bind(literal)
-        if literal is None or isinstance(literal, bool | int | float | str):
+        if literal is None or isinstance(literal, bool | int | float):  # a text could name a local
             return repr(literal)
         return self.bind(literal)
 
