@@ -34,9 +34,8 @@ from graphoptd.control.changes import apply_to
 from graphoptd.control.context import origin
 from graphoptd.cpus import share
 from graphoptd.data import DataServer, DataSettings
-from graphoptd.data.lanes import Lane
 from graphoptd.data.sockets import open_tcp, open_unix, unlink_own
-from graphoptd.directory import HostDirectory
+from graphoptd.directory import HostDirectory, figures_of
 from graphoptd.engine_events import EngineEvents
 from graphoptd.events import FailureCounter, emit
 from graphoptd.logs import Logs
@@ -244,7 +243,7 @@ class App:
         """Figures of the data plane by model, for `status` and `top`."""
         if not hasattr(self, "data"):
             return {}
-        return {lane.served.name: _figures(lane) for lane in self.data.plane.lanes.all()}
+        return {lane.served.name: figures_of(lane) for lane in self.data.plane.lanes.all()}
 
     def is_idle(self) -> bool:
         """Whether no request runs now."""
@@ -285,22 +284,6 @@ async def _on_own_thread(work: Callable[[], None]) -> None:
     Thread(target=run, name="graphoptd-recovery", daemon=True).start()
     # Shielded: to cancel the wait must not cancel a future that `run` will set.
     await asyncio.shield(asyncio.wrap_future(done))
-
-
-def _figures(lane: Lane) -> dict[str, Any]:
-    """Since the start; means are absent before the first answer."""
-    found = lane.statistics
-    figures: dict[str, Any] = {
-        "answered": found.answered,
-        "failed": found.failed,
-        "waiting": lane.batcher.n_queued,
-    }
-    if found.answered:
-        figures["mean_ms"] = round(found.total_ns / found.answered / 1e6, 3)
-        figures["mean_queue_ms"] = round(found.queue_ns / found.answered / 1e6, 3)
-    if found.executions:
-        figures["rows_a_run"] = round(found.rows / found.executions, 2)
-    return figures
 
 
 def _make_folder(socket_path: Path) -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,6 +17,7 @@ from graphopt.engine import Result as EngineResult
 from graphopt.errors import ModelNotFoundError, RequestError, nearest
 from graphopt.types import TensorType
 from graphoptd.data import IndexEntry, Result, Signature, TensorSpec
+from graphoptd.data.lanes import Lane
 from graphoptd.rows import RowProof
 
 DATATYPES = {  # short dtype of the engine -> name in the protocol; complex has none there
@@ -153,6 +155,22 @@ class HostDirectory:
                 remedy=nearest(bundle, names) or f"there are {', '.join(names[:8]) or 'none'}",
             )
         return path
+
+
+def figures_of(lane: Lane) -> dict[str, Any]:
+    """A model's requests since the start, for people; means are absent before the first answer."""
+    found = lane.statistics
+    figures: dict[str, Any] = {
+        "answered": found.answered,
+        "failed": found.failed,
+        "waiting": lane.batcher.n_queued,
+    }
+    if found.answered:
+        figures["mean_ms"] = round(found.total_ns / found.answered / 1e6, 3)
+        figures["mean_queue_ms"] = round(found.queue_ns / found.answered / 1e6, 3)
+    if found.executions:
+        figures["rows_a_run"] = round(found.rows / found.executions, 2)
+    return figures
 
 
 def _bundles(repository: Path | None) -> list[str]:

@@ -15,8 +15,6 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Callable
-from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +22,13 @@ from signal import Signals
 from typing import Any
 
 import graphopt
-from graphopt.engine import Host
 from graphopt.errors import DocumentError, GraphoptError, StateFailedError
 from graphoptd.app import App
 from graphoptd.config import Reload
 from graphoptd.events import emit
 from graphoptd.garbage import Garbage
 from graphoptd.logs import Logs
+from graphoptd.proofs import Proof, proofs_of
 from graphoptd.settings import Settings
 from graphoptd.systemd import Inherited
 from graphoptd.watch import Watch
@@ -38,9 +36,6 @@ from graphoptd.watch import Watch
 TICK_S = 1.0  # counting failures, collecting garbage, looking at the store
 RECOVERY_PING_S = 5.0  # while the journal is recovered
 RECOVERY_TIME_S = 60.0  # asked for with each of those pings
-# Longer than any request may take by default; the executor's queue is a few runs long at most.
-EXECUTOR_SILENT_MAX_S = 120.0
-BACKGROUND_SILENT_MAX_S = 900.0  # preparing a whole large model, after another one
 
 EXIT_OK, EXIT_FAILED, EXIT_STATE, EXIT_STORE, EXIT_CONFIG = 0, 1, 65, 74, 78  # sysexits.h
 
@@ -84,7 +79,7 @@ class Service:
         self._reloading = asyncio.Lock()
         self._garbage = Garbage()
         self._watch: Watch | None = None
-        self._proofs: list[_Proof] = []
+        self._proofs: list[Proof] = []
         self._told = ""  # the last STATUS
         # systemd asks for a ping in half its limit; one that is late by a tick must do.
         self._tick_s = min(TICK_S, (inherited.ping_period_s or TICK_S) / 2)
@@ -162,15 +157,7 @@ class Service:
         return True
 
     def _begin(self) -> None:
-        host = self._app.host
-        self._proofs = [
-            _Proof(
-                "executor",
-                EXECUTOR_SILENT_MAX_S,
-                lambda: host.threads.submit(_nothing),
-            ),
-            _Proof("background", BACKGROUND_SILENT_MAX_S, lambda: _in_background(host)),
-        ]
+        self._proofs = proofs_of(self._app.host)
         if self._path is not None:
             self._watch = Watch([self._path], self._on_change)
             self._watch.start()
@@ -288,39 +275,6 @@ class Service:
         shown = ", ".join(f"{name} revision {models[name].revision}" for name in sorted(models)[:8])
         more = f" and {len(models) - 8} more" if len(models) > 8 else ""
         return f"serving {shown}{more}" if models else "serving no model yet"
-
-
-class _Proof:
-    """One part of the service, asked again and again; it holds while answers come in time."""
-
-    def __init__(self, name: str, silent_max_s: float, ask: Callable[[], "Future[None]"]) -> None:
-        self.name = name
-        self.told = False
-        self._silent_max_s = silent_max_s
-        self._ask = ask
-        self._asked: Future[None] | None = None
-        self._asked_s = 0.0
-
-    def holds(self, now_s: float) -> bool:
-        if self._asked is None or self._asked.done():
-            self._asked, self._asked_s = self._ask(), now_s
-            self.told = False
-            return True
-        return self.silent_s(now_s) < self._silent_max_s
-
-    def silent_s(self, now_s: float) -> float:
-        return now_s - self._asked_s
-
-
-def _nothing() -> None:
-    """What an executor thread is asked to do."""
-
-
-def _in_background(host: Host) -> "Future[None]":
-    """Done once the background has got to the end of what was queued before."""
-    reached: Future[None] = Future()
-    host._background.submit("proof of life", lambda: reached.set_result(None))
-    return reached
 
 
 def _ms_since(start_s: float) -> float:

@@ -46,6 +46,7 @@ for line in sys.stdin:
         os.dup2(os.open(call["log"], os.O_WRONLY), 2)
         os.dup2(os.open(os.devnull, os.O_RDWR), 0)
         os.dup2(2, 1)
+        exec(call["env"].pop("BEFORE", ""))
         os.environ.update(call["env"])
         status = 99
         try:

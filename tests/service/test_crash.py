@@ -88,6 +88,38 @@ def test_kills_while_the_journal_is_recovered_lose_nothing(
         assert daemon.until("READY=1").infer() == {"a": [40, 40], "b": [40, 40], "revision": 41}
 
 
+# The disk fails its syncs once the file is there; what is above os.fsync is the real thing.
+FAILING_DISK = """
+import errno
+sync = os.fsync
+def failing(fd):
+    if os.path.exists({trigger!r}):
+        raise OSError(errno.EIO, "Input/output error")
+    sync(fd)
+os.fsync = failing
+"""
+
+
+def test_a_failed_sync_ends_the_service_and_what_was_acknowledged_stays(
+    folder: Path, model_argv: list[str], zygote: Zygote
+) -> None:
+    trigger = folder / "disk-fails"
+    before = FAILING_DISK.format(trigger=str(trigger))
+    with running(folder, model_argv, zygote, BEFORE=before) as daemon:
+        with daemon.until("READY=1").control() as client:
+            assert apply(client, 1) == 2
+            trigger.touch()
+            with pytest.raises(Refused) as refused:
+                apply(client, 2)
+            assert refused.value.body["code"] == "state.failed"
+        assert daemon.wait() == 74
+        daemon.log.text()
+        assert daemon.log.events("daemon.failed")[0]["exit_code"] == 74
+    trigger.unlink()
+    with running(folder, model_argv, zygote) as daemon:
+        assert daemon.until("READY=1").infer() == {"a": [1, 1], "b": [1, 1], "revision": 2}
+
+
 def test_an_id_sent_again_answers_as_the_first_time_and_with_other_content_is_refused(
     folder: Path, model_argv: list[str], zygote: Zygote
 ) -> None:
