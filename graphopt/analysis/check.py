@@ -11,15 +11,17 @@ once.
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from graphopt.analysis.blocks import CONTEXT, START
 from graphopt.analysis.facts import Facts
 from graphopt.analysis.fake_run import FakeRunError, fault_of, run_fake
-from graphopt.analysis.naive import Naive, index_faults
 from graphopt.analysis.regions import build_region
 from graphopt.errors import FactsError
 from graphopt.graph import Graph
+
+if TYPE_CHECKING:
+    from graphopt.analysis.naive import Naive
 
 Fault = tuple[str, str]
 _FAULTS_SHOWN = 50  # of one graph; one wrong block tends to show up many times
@@ -50,6 +52,8 @@ def facts_faults(
     facts: Facts, sizes: tuple[Mapping[str, int], ...] | None = None
 ) -> Iterator[Fault]:
     """Every difference between `facts` and a computation from scratch, as (fact, reason)."""
+    from graphopt.analysis.naive import Naive, index_faults  # networkx: 0.2 s to import
+
     broken = list(index_faults(facts.graph))
     yield from broken
     if broken:
@@ -136,7 +140,7 @@ def _type_faults(facts: Facts, sizes: tuple[Mapping[str, int], ...]) -> Iterator
                     yield f"types {id}:{idx}", fault + at
 
 
-def _block_faults(facts: Facts, naive: Naive) -> Iterator[Fault]:
+def _block_faults(facts: Facts, naive: "Naive") -> Iterator[Fault]:
     table, chain = facts.blocks, naive.chain()
     entries = [START, *chain[:-1]]
     yield from _map_faults(
@@ -153,7 +157,7 @@ def _block_faults(facts: Facts, naive: Naive) -> Iterator[Fault]:
         yield "blocks.tail", f"is {table.tail!r}, the last block is {chain[-1:]}"
 
 
-def _region_faults(facts: Facts, naive: Naive) -> Iterator[Fault]:
+def _region_faults(facts: Facts, naive: "Naive") -> Iterator[Fault]:
     graph = facts.graph
     homes = naive.chain()
     if naive.exits(CONTEXT):
@@ -172,7 +176,7 @@ def _region_faults(facts: Facts, naive: Naive) -> Iterator[Fault]:
             )
 
 
-def _is_at(naive: Naive, home: str, id: str) -> bool:
+def _is_at(naive: "Naive", home: str, id: str) -> bool:
     return naive.home(id) == home
 
 
