@@ -108,7 +108,9 @@ def replan(plan: Plan, update: Update, revision: int, make: MakeStep) -> tuple[P
     if not fresh <= {block for step in middle for block in step.blocks}:
         last = len(body)  # blocks were added behind the last one
         middle, _ = _walk(facts, body, first, last, remade, make)
-    steps = (*new_head, *body[:first], *middle, *body[last:])
+    row = list(body)
+    row[first:last] = middle
+    steps = (*new_head, *row)
     gone, come = (*head, *body[first:last]), (*new_head, *middle)
     digest = plan.digest - sum(step.digest for step in gone) + sum(step.digest for step in come)
     return Plan(facts.graph, revision, steps, digest), len(fresh) + (CONTEXT in remade)

@@ -21,6 +21,10 @@ _SYM = {
     "sym.min": min,
 }
 assert _SYM.keys() == SYM_OPS.keys()
+# In a graph a view is a reshape: values are never written to, so sharing memory means nothing.
+_VIEWS = dict.fromkeys(
+    ("aten.view.default", "aten._unsafe_view.default"), torch.ops.aten.reshape.default
+)
 
 
 def run(graph: Graph, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -51,6 +55,6 @@ def _run(graph: Graph, node: Node, values: Mapping[str, Any]) -> tuple[Any, ...]
     kinds = {p.name: p.kind for p in node.spec.params}
     args = [final(arg, p.kind) for arg, p in zip(node.args, positional, strict=False)]
     kwargs = {name: final(arg, kinds[name]) for name, arg in node.kwargs}
-    function = _SYM[node.op] if node.op in _SYM else get_overload(node.op)
+    function = _SYM.get(node.op) or _VIEWS.get(node.op) or get_overload(node.op)
     result = function(*args, **kwargs)
     return tuple(result) if isinstance(result, list | tuple) else (result,)
