@@ -185,12 +185,10 @@ class Host:
         due.
         """
         model.slot.reap()
-        used = {
-            (step.key, step.weights)
-            for other in self.models().values()
-            for step in other.slot.plan.steps
-        }
-        self._shelf.trim(used.__contains__)
+        if self._shelf.wants_trim():
+            models = self.models().values()
+            used = {(s.key, s.weights) for other in models for s in other.slot.plan.steps}
+            self._shelf.trim(used.__contains__)
         if self._journal is not None and model.name in self._models:
             if self._journal.is_snapshot_due(model.name):
                 model.snapshot(self._journal.snapshot)

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from graphopt.analysis.blocks import CONTEXT
 from graphopt.analysis.facts import Facts
 from graphopt.engine.live import LiveModel
 from graphopt.engine.shelf import Candidate, Key, Shelf
@@ -42,22 +41,21 @@ class Improver:
         return self._refused.get(_key(facts, run_of(facts, block)), "not prepared yet")
 
     def improve(self, model: LiveModel) -> None:
-        """Prepares and verifies a candidate for every run that has none, then publishes them
-        together.
+        """Prepares and verifies candidates for what changed since the last call, then publishes them.
 
         Gives up as soon as a delta makes another revision: that revision's own job follows.
         """
-        plan, facts = model.slot.plan, model.facts
-        if facts.graph is not plan.graph:
-            return
+        plan, facts, blocks = model.take_unproven()
         candidates: dict[str, Step] = {}
-        for run in _runs(facts):
+        concerned: set[str] = set()
+        for run in _runs(facts, blocks):
+            concerned.update(run)
             key = _key(facts, run)
             if key in self._refused or self._shelf.find(key) is not None:
                 continue
             step = self._fused.prepare_run(facts, run)
             if model.slot.plan is not plan:
-                return
+                return model.give_back(blocks)
             if step is None:
                 self._refuse(key, self._fused.why_run(facts, run))
             else:
@@ -65,9 +63,11 @@ class Improver:
         if candidates:
             for step, sample in _samples(model, plan, facts, candidates):
                 if model.slot.plan is not plan:
-                    return
+                    return model.give_back(blocks)
                 self._judge(model, facts, step, sample)
-        model.publish_better(plan, facts)
+        if not model.publish_better(plan, facts, concerned):
+            model.give_back(blocks)
+        return None
 
     def _judge(self, model: LiveModel, facts: Facts, step: Step, sample: Sample) -> None:
         verdict = verify_step(facts, step.block, step, eager_run(facts, step.blocks), [sample])
@@ -92,14 +92,9 @@ class Improver:
         self._refused[key] = reason
 
 
-def _runs(facts: Facts) -> Iterator[Run]:
-    """Every run of the graph, in order; the context region is one."""
-    if CONTEXT in facts.regions:
-        yield (CONTEXT,)
-    for block in facts.blocks:
-        run = run_of(facts, block.exit)
-        if run[0] == block.exit:
-            yield run
+def _runs(facts: Facts, blocks: set[str]) -> list[Run]:
+    """The runs that hold any of `blocks`, those that are gone left out."""
+    return list(dict.fromkeys(run_of(facts, block) for block in blocks if block in facts.regions))
 
 
 def _samples(

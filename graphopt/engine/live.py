@@ -71,6 +71,7 @@ class LiveModel:
         self._clocks = clocks
         self._improve = improve
         self._writing = threading.RLock()
+        self._unproven = set(self.facts.regions)  # blocks the better path has not looked at
         self._history: deque[RevisionInfo] = deque(recovered.history, maxlen=HISTORY_LINES_MAX)
         self.slot = Slot(build_plan(self.facts, revision, self.live_step))
 
@@ -193,17 +194,25 @@ class LiveModel:
                 return bind_run(facts, run, region, found.tier, found.function, found.constants)
         return self._eager(facts, block)
 
-    def publish_better(self, old: Plan, facts: Facts) -> bool:
-        """Publishes a plan that uses what the shelf now holds, in the place of `old`.
+    def take_unproven(self) -> tuple[Plan, Facts, set[str]]:
+        """The published plan, its facts, and the blocks that changed since the last call."""
+        with self._writing:
+            blocks, self._unproven = self._unproven, set()
+            return self.slot.plan, self.facts, blocks
 
-        False when the model has moved on.
+    def give_back(self, blocks: set[str]) -> None:
+        """Blocks of `take_unproven` that were not looked at because the model moved on."""
+        with self._writing:
+            self._unproven |= blocks
+
+    def publish_better(self, old: Plan, facts: Facts, blocks: set[str]) -> bool:
+        """Publishes `old` with what the shelf now holds for `blocks`; False when the model has moved on.
 
         The plan is made before the writer's lock is taken: deltas do not wait for it.
         """
-        by_digest = {step.digest: step for step in old.steps}
-        plan = build_plan(
-            facts, old.revision, lambda facts, block: _same(by_digest, self.live_step(facts, block))
-        )
+        none: frozenset[str] = frozenset()
+        change = Update(facts, {}, frozenset(blocks), none, none, none)
+        plan, _ = replan(old, change, old.revision, self.live_step)
         if plan.id == old.id:
             return True
         with self._writing:
@@ -274,7 +283,7 @@ class LiveModel:
         self.ledger.commit(
             self.name, revision, applied, kind, text, digest, json.dumps(asdict(answer))
         )
-        self._publish(plan, new.facts)
+        self._publish(plan, new)
         live_s = self._clocks.monotonic_s() - start_s
         self._history.append(
             RevisionInfo(revision, kind, text, delta.id, applied.graph.hash, self._clocks.wall_s())
@@ -301,22 +310,17 @@ class LiveModel:
         self._improve(self)
         return done
 
-    def _publish(self, plan: Plan, facts: Facts) -> None:
-        self.facts = facts
+    def _publish(self, plan: Plan, new: Update) -> None:
+        self.facts = new.facts
         self.slot.publish(plan)
-        self._graphs[plan.revision] = facts.graph
+        self._unproven |= _replanned(new)
+        self._graphs[plan.revision] = new.facts.graph
         while len(self._graphs) > REVISIONS_KEPT_MAX:
             self._graphs.popitem(last=False)
 
 
 def _replanned(new: Update) -> frozenset[str]:
     return new.regions_changed | new.weights_changed | new.released
-
-
-def _same(by_digest: Mapping[int, Step], made: Step) -> Step:
-    """The step of the old plan that `made` repeats, so that plans share objects."""
-    old = by_digest.get(made.digest)
-    return old if old is not None and old.frees == made.frees and old.reads == made.reads else made
 
 
 def _summary(delta: Delta) -> str:

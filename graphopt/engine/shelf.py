@@ -34,6 +34,17 @@ class Shelf:
     def __init__(self) -> None:
         self._candidates: OrderedDict[Key, Candidate] = OrderedDict()
         self._lock = threading.Lock()
+        self._grown = False  # since the last trim
+
+    def wants_trim(self) -> bool:
+        """Whether `trim` could find anything: candidates came in and together they exceed the bound."""
+        with self._lock:
+            size = (
+                sum(candidate.size_bytes for candidate in self._candidates.values())
+                if self._grown
+                else 0
+            )
+            return size > UNUSED_BYTES_MAX
 
     def find(self, key: Key) -> Candidate | None:
         """The candidate verified for exactly `key`."""
@@ -47,6 +58,7 @@ class Shelf:
         """Keeps a candidate that was verified."""
         with self._lock:
             self._candidates[key] = candidate
+            self._grown = True
 
     def drop(self, key: Key) -> None:
         """Forgets a candidate, as after a rollback."""
@@ -56,6 +68,7 @@ class Shelf:
     def trim(self, is_used: Callable[[Key], bool]) -> None:
         """Gives up candidates no live plan uses, oldest first, down to `UNUSED_BYTES_MAX`."""
         with self._lock:
+            self._grown = False
             unused = [key for key in self._candidates if not is_used(key)]
             excess = sum(self._candidates[key].size_bytes for key in unused) - UNUSED_BYTES_MAX
             for key in unused:

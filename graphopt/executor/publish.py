@@ -18,10 +18,9 @@ from weakref import WeakSet
 
 import torch
 
-from graphopt.executor.plan import Plan, Step, run_plan
+from graphopt.executor.plan import Plan, run_plan
 from graphopt.limits import PLANS_RETIRED_MAX
 
-DROPPING_MAX = 64  # steps waiting for a quiet moment; beyond that they go without one
 IDLE = float("inf")  # what a reader that runs nothing has noted
 
 
@@ -47,7 +46,6 @@ class Slot:
         self._readers: WeakSet[Reader] = WeakSet()
         self._lock = threading.Lock()  # writers, and threads on their first request
         self._retired: deque[tuple[int, Plan]] = deque()
-        self._dropping: deque[Step] = deque()  # of plans that are gone, waiting for a quiet moment
 
     def run(self, inputs: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], Plan]:
         """Runs the published plan in this thread.
@@ -81,28 +79,30 @@ class Slot:
             if plan.revision != old.revision:
                 self.last_good = plan  # the live-path plan of a revision is its first good one
             self._retired.append((self.epoch, old))
-            # The background is late; the writer pays instead
-            if len(self._retired) > PLANS_RETIRED_MAX:
-                oldest = min((reader.epoch for reader in self._readers), default=IDLE)
-                while self._retired and self._retired[0][0] <= oldest:
-                    self._retired.popleft()
+            if len(self._retired) > PLANS_RETIRED_MAX:  # the background is late; the writer pays
+                self._drop()
 
     def reap(self) -> int:
-        """Drops the replaced plans that no running request can hold; returns how many are left.
+        """Drops replaced plans that no running request can hold; returns how many are left.
 
-        Call it from a thread that serves no requests. What later plans do not share goes one step
-        at
-        a time while no request runs: tearing down a runtime can hold the GIL for milliseconds.
+        Call it from a thread that serves no requests. What later plans do not share goes with a plan;
+        tearing down a runtime can hold the GIL for milliseconds, so unless too many wait, one plan at
+        a time goes while no request runs.
         """
         with self._lock:
-            oldest = min((reader.epoch for reader in self._readers), default=IDLE)
-            kept = {id(step) for plan in (self.plan, self.last_good) for step in plan.steps}
-            while self._retired and self._retired[0][0] <= oldest:
-                _, plan = self._retired.popleft()
-                self._dropping.extend(step for step in plan.steps if id(step) not in kept)
-        while self._dropping and (not self.is_busy() or len(self._dropping) > DROPPING_MAX):
-            self._dropping.popleft()
-        return len(self._retired)
+            while self._retired and (not self.is_busy() or len(self._retired) > PLANS_RETIRED_MAX):
+                if not self._drop(1):
+                    break
+            return len(self._retired)
+
+    def _drop(self, count_max: int | None = None) -> int:
+        """Lets go of the oldest retired plans, at most `count_max`, that no reader can hold."""
+        oldest = min((reader.epoch for reader in self._readers), default=IDLE)
+        dropped = 0
+        while self._retired and self._retired[0][0] <= oldest and dropped != count_max:
+            self._retired.popleft()
+            dropped += 1
+        return dropped
 
     def is_busy(self) -> bool:
         """Whether a request is running now."""
