@@ -14,7 +14,7 @@ def proofs_of(host: Host) -> "list[Proof]":
     """One for the executor threads, one for the background; the caller runs on the event loop itself."""
     return [
         Proof("executor", EXECUTOR_SILENT_MAX_S, lambda: host.threads.submit(_nothing)),
-        Proof("background", BACKGROUND_SILENT_MAX_S, lambda: _in_background(host)),
+        Proof("background", BACKGROUND_SILENT_MAX_S, host.reach_background),
     ]
 
 
@@ -44,10 +44,3 @@ class Proof:
 
 def _nothing() -> None:
     """What an executor thread is asked to do."""
-
-
-def _in_background(host: Host) -> "Future[None]":
-    """Done once the background has got to the end of what was queued before."""
-    reached: Future[None] = Future()
-    host._background.submit("proof of life", lambda: reached.set_result(None))
-    return reached

@@ -129,6 +129,12 @@ class Host:
         """Waits until the background has nothing better to offer; False when the time passed first."""
         return self._background.wait_idle(timeout_s)
 
+    def reach_background(self) -> "Future[None]":
+        """Done once the background has got through what was queued before: a proof that it lives."""
+        reached: Future[None] = Future()
+        self._background.submit("proof of life", lambda: reached.set_result(None))
+        return reached
+
     def explain_block(self, model: LiveModel, block: str) -> str:
         """Why a block runs on the tier it runs on."""
         return self._improver.why_not(model.facts, block)
