@@ -12,6 +12,7 @@ swap are compared with the same clients undisturbed, in the same run.
 import argparse
 import gc
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -62,7 +63,10 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--deltas", type=int, default=10_000)
     parser.add_argument("--clients", type=int, default=4)
+    parser.add_argument("--per-second", type=float, default=0.0, help="deltas; 0: back to back")
+    parser.add_argument("--switch-interval-us", type=float, default=5000.0, help="of the GIL")
     options = parser.parse_args()
+    sys.setswitchinterval(options.switch_interval_us / 1e6)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     graph = graphopt.from_torch(Net(), (torch.randn(8, 256),), name="net")
@@ -71,12 +75,16 @@ def main() -> None:
         tempfile.TemporaryDirectory() as state,
         graphopt.Engine(graph, graphopt.EngineSettings(intra_op=1), state_dir=state) as engine,
     ):
-        row = storm(engine, options.deltas, options.clients, plans)
+        row = storm(engine, options.deltas, options.clients, options.per_second, plans)
     report("swap_storm", [row])
 
 
 def storm(
-    engine: graphopt.Engine, n_deltas: int, n_clients: int, plans: "weakref.WeakSet[Plan]"
+    engine: graphopt.Engine,
+    n_deltas: int,
+    n_clients: int,
+    per_second: float,
+    plans: "weakref.WeakSet[Plan]",
 ) -> dict[str, float]:
     """Expectations, an undisturbed spell, the storm."""
     node = next(id for id, n in engine.graph.nodes.items() if n.op == "aten.mul.Tensor")
@@ -104,6 +112,8 @@ def storm(
             swaps.append((start, time.perf_counter()))
             publishes.append(engine.model.slot.publish_s)
             plans.add(engine.model.slot.plan)
+            if per_second:
+                time.sleep(max(0.0, start + 1 / per_second - time.perf_counter()))
             if i % 500 == 0:
                 live_max = max(live_max, len(plans))
                 rss.append(rss_bytes())
@@ -117,6 +127,8 @@ def storm(
     ]
     return {
         "deltas": n_deltas,
+        "per_second": per_second or n_deltas / (swaps[-1][1] - swaps[0][0]),
+        "switch_us": sys.getswitchinterval() * 1e6,
         "answers": sum(len(t.ends) for t in stormy),
         "failed": sum(t.failed for t in stormy),
         "wrong": sum(t.wrong for t in stormy),

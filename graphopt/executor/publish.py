@@ -79,30 +79,23 @@ class Slot:
             if plan.revision != old.revision:
                 self.last_good = plan  # the live-path plan of a revision is its first good one
             self._retired.append((self.epoch, old))
-            if len(self._retired) > PLANS_RETIRED_MAX:  # the background is late; the writer pays
-                self._drop()
+            # Beyond the bound the requests' own references decide: a plan that one still runs is torn
+            # down in its thread, any other one here and now.
+            while len(self._retired) > PLANS_RETIRED_MAX:
+                self._retired.popleft()
 
     def reap(self) -> int:
         """Drops replaced plans that no running request can hold; returns how many are left.
 
         Call it from a thread that serves no requests. What later plans do not share goes with a plan;
-        tearing down a runtime can hold the GIL for milliseconds, so unless too many wait, one plan at
-        a time goes while no request runs.
+        tearing down a runtime can hold the GIL for milliseconds, so one plan at a time goes, and
+        only while no request runs.
         """
         with self._lock:
-            while self._retired and (not self.is_busy() or len(self._retired) > PLANS_RETIRED_MAX):
-                if not self._drop(1):
-                    break
+            oldest = min((reader.epoch for reader in self._readers), default=IDLE)
+            while self._retired and self._retired[0][0] <= oldest and not self.is_busy():
+                self._retired.popleft()
             return len(self._retired)
-
-    def _drop(self, count_max: int | None = None) -> int:
-        """Lets go of the oldest retired plans, at most `count_max`, that no reader can hold."""
-        oldest = min((reader.epoch for reader in self._readers), default=IDLE)
-        dropped = 0
-        while self._retired and self._retired[0][0] <= oldest and dropped != count_max:
-            self._retired.popleft()
-            dropped += 1
-        return dropped
 
     def is_busy(self) -> bool:
         """Whether a request is running now."""
