@@ -57,22 +57,26 @@ class Recovered:
     history: list[RevisionInfo]
 
 
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """A delta on its way into the journal: what it came down to, what history says, what a retry gets."""
+
+    model: str
+    revision: int
+    applied: Applied
+    kind: str
+    summary: str
+    content_sha: str  # of what the client meant; empty for a delta without an id
+    answer: str  # JSON
+
+
 class Ledger(Protocol):
     """Where a model's changes are made durable before they go live."""
 
     def find(self, model: str, delta_id: str) -> tuple[str, str] | None:
         """(content hash, answer) of an acknowledged delta of that id."""
 
-    def commit(
-        self,
-        model: str,
-        revision: int,
-        applied: Applied,
-        kind: str,
-        summary: str,
-        content_sha: str,
-        answer: str,
-    ) -> None:
+    def commit(self, change: Commit) -> None:
         """Durable on return; raises StateError and then the delta must not go live."""
 
     def graph_at(self, model: str, revision: int) -> Graph | None:
@@ -89,19 +93,11 @@ class MemoryLedger:
         """See `Ledger`."""
         return self._known.get((model, delta_id))
 
-    def commit(
-        self,
-        model: str,
-        revision: int,
-        applied: Applied,
-        kind: str,
-        summary: str,
-        content_sha: str,
-        answer: str,
-    ) -> None:
+    def commit(self, change: Commit) -> None:
         """See `Ledger`."""
-        if applied.expansion.id is not None:
-            self._known[model, applied.expansion.id] = (content_sha, answer)
+        delta_id = change.applied.expansion.id
+        if delta_id is not None:
+            self._known[change.model, delta_id] = (change.content_sha, change.answer)
             if len(self._known) > DELTA_IDS_KEPT_MAX:
                 self._known.popitem(last=False)
 
@@ -126,61 +122,43 @@ class JournalLedger:
         known = self.folder.journal.find_delta(model, delta_id)
         return (known.content_sha, known.answer) if known else None
 
-    def commit(
-        self,
-        model: str,
-        revision: int,
-        applied: Applied,
-        kind: str,
-        summary: str,
-        content_sha: str,
-        answer: str,
-    ) -> None:
+    def commit(self, change: Commit) -> None:
         """See `Ledger`. Blobs first, then the row."""
+        expansion = change.applied.expansion
         puts = {
-            e.constant.digest: e.constant
-            for e in applied.expansion.edits
-            if isinstance(e, PutConstant)
+            e.constant.digest: e.constant for e in expansion.edits if isinstance(e, PutConstant)
         }
-        body = json.dumps(
-            {"kind": kind, "summary": summary, "delta": encode_delta(applied.expansion)},
-            separators=(",", ":"),
-            allow_nan=False,
-        )
+        document = {
+            "kind": change.kind,
+            "summary": change.summary,
+            "delta": encode_delta(expansion),
+        }
+        body = json.dumps(document, separators=(",", ":"), allow_nan=False)
         with self._lock:
-            blob_of = self._blob_of[model]
-            new = {
-                digest: constant.tensor
-                for digest, constant in puts.items()
-                if digest not in blob_of
-            }
+            blob_of = self._blob_of[change.model]
+            new = {digest: c.tensor for digest, c in puts.items() if digest not in blob_of}
             blob = self._put_tensors(new) if new else None
             # Blobs of earlier rows whose constants this row puts again: compaction must not take
             # them away.
-            named = frozenset(
-                {blob_of[d] for d in puts if d in blob_of} | ({blob} if blob else set())
+            named = {blob_of[d] for d in puts if d in blob_of} | ({blob} if blob else set())
+            entry = Entry(
+                DELTA,
+                change.model,
+                change.revision,
+                body,
+                tuple(sorted(named)),
+                expansion.id,
+                change.content_sha,
+                change.answer,
             )
             try:
-                self.folder.journal.append(
-                    [
-                        Entry(
-                            DELTA,
-                            model,
-                            revision,
-                            body,
-                            tuple(sorted(named)),
-                            applied.expansion.id,
-                            content_sha,
-                            answer,
-                        )
-                    ]
-                )
+                self.folder.journal.append([entry])
             except GraphoptError:
                 self.folder.blobs.release([blob] if blob else [])
                 raise
             if blob:
                 blob_of.update(dict.fromkeys(new, blob))
-            self._named[model].append((revision, named))
+            self._named[change.model].append((change.revision, frozenset(named)))
 
     def load(
         self, model: str, graph: Graph, revision: int, kind: str = LOAD, like: str | None = None

@@ -20,7 +20,7 @@ from graphopt.delta import Applied as GraphApplied
 from graphopt.delta import Delta, apply_fully, difference
 from graphopt.engine.identity import delta_digest
 from graphopt.engine.interface import changes_interface, check_interface, check_outputs
-from graphopt.engine.ledger import HISTORY_LINES_MAX, Ledger, Recovered
+from graphopt.engine.ledger import HISTORY_LINES_MAX, Commit, Ledger, Recovered
 from graphopt.engine.records import Applied, DryRun, EngineSettings, Result, RevisionInfo
 from graphopt.engine.shelf import Shelf
 from graphopt.errors import DeltaError, DuplicateDeltaError, GraphoptError, PreconditionError
@@ -280,9 +280,8 @@ class LiveModel:
         )
         digest = delta_digest(delta) if delta.id is not None else ""
         text = summary or _summary(delta)
-        self.ledger.commit(
-            self.name, revision, applied, kind, text, digest, json.dumps(asdict(answer))
-        )
+        said = json.dumps(asdict(answer))
+        self.ledger.commit(Commit(self.name, revision, applied, kind, text, digest, said))
         self._publish(plan, new)
         live_s = self._clocks.monotonic_s() - start_s
         self._history.append(
