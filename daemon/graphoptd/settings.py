@@ -26,7 +26,7 @@ THREADS_MAX = 1_024  # beyond any host; catches a byte count written into the wr
 BYTES_MAX = 1 << 50  # 1 PiB, as above
 SECONDS_MAX = 86_400.0  # a day; a longer time-out is a mistake
 MODELS_MAX = 1_024  # names in one configuration
-DEVICE_PATTERN = r"auto|cpu|cuda:(0|[1-9][0-9]?)"
+DEVICE_PATTERN = r"auto|cpu"  # GPUs are not used yet; a key that does nothing would be a lie
 
 # Not empty: an empty host would mean every interface to `bind`, which nobody should get by accident.
 HOST_PATTERN = r"[0-9A-Za-z.:_-]{1,253}"
@@ -155,16 +155,10 @@ class LogSettings:
 
 @dataclass(frozen=True, slots=True)
 class ModelSettings:
-    """One model: its bundle and its share of the host."""
+    """One model: its bundle and where it runs."""
 
     bundle: Path = field(metadata=journaled())
     device: str = field(default="auto", metadata=restart(pattern=DEVICE_PATTERN))
-    threads: ThreadCount = field(default="auto", metadata=restart(low=1, high=THREADS_MAX))
-    memory_bytes_max: int | None = field(
-        default=None, metadata=restart(low=1 << 20, high=BYTES_MAX)
-    )
-    queue_max: int | None = field(default=None, metadata=restart(low=1, high=1 << 20))
-    prefer: Literal["latency", "throughput"] = field(default="latency", metadata=restart())
 
 
 @dataclass(frozen=True, slots=True)

@@ -179,7 +179,7 @@ def test_a_reload_applies_live_keys_and_lists_the_others(tmp_path: Path) -> None
     path.write_text(
         "log: {level: debug}\ndata: {port: 9000}\nspool: {kept_max: 7}\n"
         "control: {levels: {admin_users: [alice, 1000]}}\n"
-        "models: {m: {bundle: b, device: cpu, queue_max: 3}, new: {bundle: n}}\n"
+        "models: {m: {bundle: b, device: cpu}, new: {bundle: n}}\n"
     )
     done = reload(path, running)
     assert done.live == (
@@ -188,12 +188,12 @@ def test_a_reload_applies_live_keys_and_lists_the_others(tmp_path: Path) -> None
         "log.level",
         "models.new",
     )
-    assert done.restart == ("data.port", "models.m.device", "models.m.queue_max")
+    assert done.restart == ("data.port", "models.m.device")
     assert done.state == ("models.m.bundle", "models.gone")
     assert done.settings.data.port == 8080
     assert done.settings.spool.kept_max == 7
     assert done.settings.control.levels.admin_users == ("alice", 1000)
-    assert done.settings.models["m"].queue_max is None
+    assert done.settings.models["m"].device == "auto"
     assert done.settings.models["m"].bundle == tmp_path / "a"
     assert done.settings.models["new"].bundle == tmp_path / "n"
     again = reload(path, done.settings)
