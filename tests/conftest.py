@@ -1,0 +1,35 @@
+"""Which tests are left out of `make test-fast`: those that start processes by the dozen or import
+whole model families. `make test` runs them all.
+"""
+
+from pathlib import Path
+
+import pytest
+
+SLOW = (
+    "adapters/test_peft_oracle.py",
+    "control/test_unprivileged_daemon.py",
+    "core/test_families.py",
+    "core/test_rules.py",
+    "data/test_http_guards.py",
+    "executor/test_fused.py",
+    "executor/test_fused_families.py",
+    "frontend",
+    "macros/test_adapters_live.py",
+    "oracle",
+    "property/test_incremental.py",
+    "service",
+    "spool",
+    "store/test_bit_rot.py",
+    "store/test_crash.py",
+    "test_readme.py",
+    "text/test_text_form.py",
+)
+TESTS = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    slow = [TESTS / path for path in SLOW]
+    for item in items:
+        if any(item.path == path or path in item.path.parents for path in slow):
+            item.add_marker(pytest.mark.slow)
