@@ -1,5 +1,6 @@
 """The live path: what a delta does, and what it leaves alone."""
 
+import dataclasses
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ from graphopt.errors import (
     DocumentError,
     DuplicateDeltaError,
     DuplicateNodeError,
+    FactsError,
     GraphoptError,
     InterfaceChangeError,
     LimitError,
@@ -226,6 +228,20 @@ def test_an_interface_may_change_when_the_delta_says_so(engine: graphopt.Engine)
     both = {output: str(engine.graph.outputs[0][1]), "gelu": f"${gelu}"}
     engine.apply(edits({"set_outputs": {"outputs": both}}, allow_interface_change=True))
     assert set(ask(engine).outputs) == {output, "gelu"}
+
+
+def test_verify_mode_refuses_a_delta_when_a_fact_is_wrong() -> None:
+    settings = graphopt.EngineSettings(intra_op=1, verify=True)
+    with graphopt.Engine(transformer(), settings) as engine:
+        gelu = first_node(engine.graph, "aten.gelu.default")
+        eps = {"node": first_node(engine.graph, "aten.layer_norm.default"), "name": "eps"}
+        engine.apply(edits({"set_attr": {**eps, "value": 1e-3}}))
+        facts = engine.model.facts
+        wrong = facts.live.set(gelu, False)
+        engine.model.facts = dataclasses.replace(facts, live=wrong)
+        with pytest.raises(FactsError, match="live"):
+            engine.apply(edits({"set_attr": {**eps, "value": 1e-2}}))
+        assert engine.revision == 2
 
 
 def test_the_same_id_answers_as_the_first_time(engine: graphopt.Engine) -> None:
