@@ -1,0 +1,1 @@
+"""The runtimes that come with graphopt, a file or more each; see `graphopt.executor.backend`."""
