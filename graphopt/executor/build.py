@@ -53,6 +53,7 @@ def bind_run(
     tier: str,
     function: Function,
     constants: tuple[object, ...],
+    options: str = "",
 ) -> Step:
     """The step of a run of blocks, whose region is `region` (see `graphopt.executor.runs`)."""
     weights = weight_key(facts.graph, region)
@@ -61,7 +62,7 @@ def bind_run(
         tier,
         region.key,
         weights,
-        step_digest(blocks[-1], tier, region.key, weights),
+        step_digest(blocks[-1], tier, region.key, weights, options),
         function,
         tuple(map(value_key, region.reads)),
         constants,
@@ -70,6 +71,7 @@ def bind_run(
         _frees(facts, blocks, region),
         region.order,
         blocks,
+        options,
     )
 
 

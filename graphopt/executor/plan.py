@@ -41,6 +41,7 @@ class Step:
     frees: tuple[str, ...]
     nodes: tuple[str, ...]
     blocks: tuple[str, ...]  # the blocks this step computes, in order; `block` is the last
+    options: str = ""  # how the tier runs it, for people; part of the plan's id
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +99,9 @@ def value_key(ref: Ref) -> str:
     return f"{ref.id}:{ref.idx}" if ref.idx else ref.id
 
 
-def step_digest(block: str, tier: str, key: str, weights: str) -> int:
+def step_digest(block: str, tier: str, key: str, weights: str, options: str = "") -> int:
     """The share of a step in its plan's id."""
-    text = f"{block} {tier} {key} {weights}"
+    text = f"{block} {tier} {key} {weights} {options}"
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
 
 

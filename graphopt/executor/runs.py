@@ -14,7 +14,7 @@ from graphopt.analysis.facts import Facts
 from graphopt.analysis.regions import Region, build_region
 from graphopt.executor.build import bind_run
 from graphopt.executor.codegen import compile_source, eager_source
-from graphopt.executor.plan import Plan, Step
+from graphopt.executor.plan import Step
 from graphopt.graph import Ref
 
 _CONVOLUTIONS = frozenset({"aten.conv2d.default", "aten.convolution.default"})
@@ -66,14 +66,19 @@ def joins(facts: Facts, cut: str) -> bool:
 
 
 def run_region(facts: Facts, run: tuple[str, ...]) -> Region:
-    """What a run computes; for a single block the region that the facts hold already."""
+    """What a run computes; for a single block the region that the facts hold already.
+
+    A run of everything may begin with CONTEXT: it then computes the context values by itself and
+    hands out none but the model's outputs among them.
+    """
     if len(run) == 1:
         return facts.regions[run[0]]
     inside = set(run)
     exits: dict[Ref, None] = {}
     for block in run:
         for ref in facts.regions[block].exits:
-            if block == run[-1] or ref.id != block or _is_output(facts, ref):
+            is_inner = ref.id == block or block == CONTEXT
+            if block == run[-1] or not is_inner or _is_output(facts, ref):
                 exits[ref] = None
     return build_region(
         facts.graph, facts.type_of, tuple(exits), lambda id: facts.home_of(id) in inside
@@ -87,29 +92,6 @@ def eager_run(facts: Facts, run: tuple[str, ...]) -> Step:
     function = compile_source(source.text(), source.names, f"eager {region.key[:12]}")
     constants = tuple(facts.graph.constants[name].tensor for name in region.consts)
     return bind_run(facts, run, region, "eager", function, constants)
-
-
-def with_steps(plan: Plan, steps: list[Step]) -> Plan:
-    """`plan` with `steps` in the place of the steps of the same blocks.
-
-    Raises ValueError when the plan has no row of steps for exactly the blocks of one of them: it
-    was made for another revision.
-    """
-    position = {step.blocks[0]: i for i, step in enumerate(plan.steps)}
-    row: list[Step | None] = list(plan.steps)
-    for step in steps:
-        at = position.get(step.blocks[0], len(row))
-        covered: list[str] = []
-        for i in range(at, len(row)):
-            if len(covered) >= len(step.blocks):
-                break
-            covered += plan.steps[i].blocks
-            row[i] = None
-        if tuple(covered) != step.blocks:
-            raise ValueError(f"{plan} has no row of steps for {step.blocks}")
-        row[at] = step
-    kept = tuple(step for step in row if step is not None)
-    return Plan(plan.graph, plan.revision, kept, sum(step.digest for step in kept))
 
 
 def _is_output(facts: Facts, ref: Ref) -> bool:

@@ -14,7 +14,7 @@ from graphopt.draft import Draft
 from graphopt.executor.build import EagerBuilder, build_plan, replan
 from graphopt.executor.fused import FusedBuilder
 from graphopt.executor.plan import Step, run_plan
-from graphopt.executor.runs import eager_run, run_of, with_steps
+from graphopt.executor.runs import run_of
 from graphopt.graph import Const, Graph, Ref
 from graphopt.nodes import make_node
 
@@ -496,17 +496,6 @@ def test_replanning_can_make_runs_at_once_and_matches_from_scratch():
     assert covered == ["fc0", "act0", "fc1", "act1", "fc2"]
     assert ("fc1", "act1") in [step.blocks for step in after.steps]
     assert after.digest == sum(step.digest for step in after.steps)
-
-
-def test_with_steps_swaps_exactly_the_blocks_of_a_run():
-    _, facts = chain()
-    plan = build_plan(facts, 1, EagerBuilder())
-    better = with_steps(plan, fused_steps(facts))
-    assert [s.blocks for s in better.steps] == [("fc0", "act0"), ("fc1", "act1"), ("fc2",)]
-    back = with_steps(better, [eager_run(facts, ("fc0", "act0"))])
-    assert back.tiers() == {"eager": 1, "fused": 2}
-    with pytest.raises(ValueError, match="no row of steps"):
-        with_steps(better, [eager_run(facts, ("fc1",))])
 
 
 # -- random chains

@@ -1,0 +1,85 @@
+"""Layouts: ways to part a graph into runs of adjacent blocks, each to be one region of a runtime.
+
+A *layer* is what a network repeats. It begins at its anchor, the repeated block that makes up most
+of the graph (in a transformer that is the attention), and lasts to the next one. An edit inside a
+layer changes that layer's run alone, because the others keep their anchors; an edit of an anchor
+joins its layer with the one before.
+
+Deliberately absent: parts of blocks. A cut that more than one value crosses costs more than it
+gains at the sizes where layers pay.
+"""
+
+from collections import Counter
+from itertools import pairwise
+
+from graphopt.analysis.blocks import CONTEXT, START
+from graphopt.analysis.facts import Facts
+from graphopt.executor.runs import joins
+
+LAYERS_MIN = 3  # fewer repetitions are no pattern
+
+Run = tuple[str, ...]
+
+
+def chain(facts: Facts) -> Run:
+    """All blocks in order."""
+    found = []
+    block = facts.blocks.next.get(START)
+    while block is not None:
+        found.append(block)
+        block = facts.blocks.next.get(block)
+    return tuple(found)
+
+
+def whole(facts: Facts) -> list[Run]:
+    """One run of everything, the context region included where there is one."""
+    blocks = chain(facts)
+    return [(CONTEXT, *blocks) if CONTEXT in facts.regions else blocks]
+
+
+def layers(facts: Facts) -> list[Run]:
+    """A run for each layer, one for what comes before the first and one for what follows the last.
+
+    Empty when nothing repeats `LAYERS_MIN` times.
+    """
+    blocks = chain(facts)
+    keys = [facts.regions[block].key for block in blocks]
+    anchor = _anchor(facts, blocks)
+    if anchor is None:
+        return []
+    starts = [i for i, key in enumerate(keys) if key == anchor]
+    bounds = {whole_run(facts, blocks, i) for i in (*starts, _end_of_last(keys, starts))}
+    return [blocks[a:b] for a, b in pairwise(sorted({0, *bounds, len(blocks)}))]
+
+
+def whole_run(facts: Facts, blocks: Run, bound: int) -> int:
+    """`bound`, or the next position that parts no blocks which the live path runs as one step."""
+    while 0 < bound < len(blocks) and joins(facts, blocks[bound - 1]):
+        bound += 1
+    return bound
+
+
+def layer_count(facts: Facts) -> int:
+    """How many layers `layers` finds."""
+    blocks = chain(facts)
+    anchor = _anchor(facts, blocks)
+    return sum(facts.regions[block].key == anchor for block in blocks)
+
+
+def _anchor(facts: Facts, blocks: Run) -> str | None:
+    """The key of the block at which layers begin; of equals the first in the order of the graph."""
+    counts = Counter(facts.regions[block].key for block in blocks)
+    nodes = {facts.regions[block].key: len(facts.regions[block].order) for block in blocks}
+    repeated = [key for key, count in counts.items() if count >= LAYERS_MIN]
+    return max(repeated, key=lambda key: counts[key] * nodes[key], default=None)
+
+
+def _end_of_last(keys: list[str], starts: list[int]) -> int:
+    """Where the last layer ends: as long as it is like the layer before, block by block."""
+    last, before = starts[-1], starts[-2]
+    length = 0
+    while last + length < len(keys) and before + length < last:
+        if keys[last + length] != keys[before + length]:
+            break
+        length += 1
+    return last + length

@@ -1,0 +1,116 @@
+"""The first selection rule: the ways of running a graph that are worth building, most promising first.
+
+A network of layers that take a millisecond or more each is run layer by layer, so that an edit drops
+one layer to the live path and not the model; the whole graph as one region comes after it and has
+to win. A network without such layers is run as a whole. Where a runtime cannot run an op, the run is
+cut around the block that holds it.
+
+A proposal is a function of the facts and of the document it is given (law 3).
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from graphopt.analysis.blocks import CONTEXT
+from graphopt.analysis.facts import Facts
+from graphopt.executor.backend import Backend, Options, backends
+from graphopt.executor.runs import run_of, run_region
+from graphopt.graph import Graph
+from graphopt.planner.layout import Run, layer_count, layers, whole
+
+LAYER_S_MIN = 1e-3  # a layer worth a region of its own (DESIGN section 7)
+NODES_MIN = 2  # a call into a runtime costs more than one op
+PLANS_MAX = 8
+
+Document = Mapping[str, Any]
+Extra = tuple[tuple[str, str], ...]
+
+
+def propose(facts: Facts, document: Document) -> dict[str, Any]:
+    """The plans worth building for a graph.
+
+    Args:
+        facts: of the graph.
+        document: `backends`, names of the runtimes there are; `threads` and `streams` of a call;
+            `buckets`, the sizes of the graph's symbols in its hottest shapes, hottest first;
+            `latency_s`, what a request takes now, or None when it was not measured.
+
+    Returns:
+        `plans`: a list, the most promising first; each has a `label`, `layout` (`layers` or
+        `whole`), `backend` and `regions`, a list of `{blocks, options}` where several entries of
+        the same blocks are variants for shape buckets.
+    """
+    count = layer_count(facts)
+    latency_s = document.get("latency_s")
+    by_layer = count > 0 and latency_s is not None and latency_s / count >= LAYER_S_MIN
+    layouts = [("layers", layers(facts)), ("whole", whole(facts))] if by_layer else []
+    plans = []
+    for layout, runs in layouts or [("whole", whole(facts))]:
+        for name in document["backends"]:
+            backend = backends().get(name)
+            if backend is not None:
+                plans += _plans(facts, document, layout, runs, backend)
+    return {"plans": plans[:PLANS_MAX]}
+
+
+def _plans(
+    facts: Facts, document: Document, layout: str, runs: Iterable[Run], backend: Backend
+) -> list[dict[str, Any]]:
+    pieces = [piece for run in runs for piece in supported(facts, run, backend)]
+    if not pieces:
+        return []
+    base = Options(document["threads"], document["streams"])
+    offers: list[tuple[Run, tuple[str, ...], dict[Extra, Options]]] = []
+    for piece in pieces:
+        region = run_region(facts, piece)
+        choices = {choice.extra: choice for choice in backend.choices(facts, region, base)}
+        offers.append((piece, region.symbols, choices))
+    variants: dict[Extra, list[dict[str, Any]]] = {}
+    for extra in dict.fromkeys(extra for _, _, choices in offers for extra in choices):
+        entries = variants[extra] = []
+        for piece, symbols, choices in offers:
+            choice = choices.get(extra) or next(iter(choices.values()))
+            for sizes in _sizes(facts.graph, symbols, document["buckets"]):
+                options = Options(choice.threads, choice.streams, sizes, choice.extra)
+                entries.append({"blocks": list(piece), "options": options.document()})
+    return [
+        {
+            "label": " ".join([backend.name, layout, *(f"{k}={v}" for k, v in extra)]),
+            "layout": layout,
+            "backend": backend.name,
+            "regions": regions,
+        }
+        for extra, regions in variants.items()
+    ]
+
+
+def supported(facts: Facts, run: Run, backend: Backend) -> list[Run]:
+    """`run` without the blocks that hold a node the backend cannot run: the pieces left of it."""
+    bad = backend.unsupported(facts, run_region(facts, run))
+    homes = {part for id in bad if (home := facts.home_of(id)) for part in run_of(facts, home)}
+    if CONTEXT in homes:  # its values are read from outside then
+        return supported(facts, run[1:], backend)
+    pieces: list[list[str]] = [[]]
+    for block in run:
+        if block in homes:
+            pieces.append([])
+        else:
+            pieces[-1].append(block)
+    if len(pieces) > 1 and run[0] == CONTEXT:  # only a run of everything computes it by itself
+        pieces[0].remove(CONTEXT)
+    return [tuple(piece) for piece in pieces if _is_worth_a_call(facts, piece)]
+
+
+def _is_worth_a_call(facts: Facts, piece: list[str]) -> bool:
+    return sum(len(facts.regions[block].order) for block in piece) >= NODES_MIN
+
+
+def _sizes(
+    graph: Graph, symbols: tuple[str, ...], buckets: Iterable[list[int]]
+) -> list[tuple[int, ...] | None]:
+    """The shape variants of a region: one that takes every shape, then one for each hot bucket."""
+    if not symbols:
+        return [()]
+    order = [symbol.name for symbol in graph.symbols]
+    hot = [tuple(bucket[order.index(name)] for name in symbols) for bucket in buckets]
+    return [None, *dict.fromkeys(hot)]
