@@ -112,6 +112,7 @@ class DataSettings:
     batch_max: int = field(default=32, metadata=restart(low=1, high=1 << 16))
     batch_bytes_max: int = field(default=4 << 20, metadata=restart(low=1, high=BYTES_MAX))
     batch_delay_us: int = field(default=1_000, metadata=restart(low=0, high=1_000_000))
+    inline: Literal["auto", "never"] = field(default="auto", metadata=restart())
     retry_after_s: int = field(default=1, metadata=restart(low=0, high=3_600))
     repository_control: bool = field(default=False, metadata=restart())
     shared_memory: bool = field(default=False, metadata=restart())

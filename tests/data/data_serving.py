@@ -24,6 +24,8 @@ from graphoptd.data import (
     Served,
     Signature,
     TensorSpec,
+    Timed,
+    timed,
 )
 
 torch.set_num_threads(1)
@@ -54,6 +56,7 @@ class Model:
         self._n_threads = n_threads
         self._pool = ThreadPoolExecutor(n_threads, f"model-{name}") if n_threads else None
         self.batch_rows: list[int] = []
+        self.ran_on: list[int] = []
         self.refused: Exception | None = None
 
     def signature(self) -> Signature:
@@ -66,19 +69,23 @@ class Model:
     def capacity(self) -> int:
         return max(self._n_threads, 1)
 
-    def submit(self, inputs: Tensors) -> Future[Result]:
+    def plan_id(self) -> str:
+        return f"plan-{self._signature.revision}"
+
+    def submit(self, inputs: Tensors) -> Future[Timed]:
         if self.refused is not None:
             raise self.refused
         if self._pool is not None:
-            return self._pool.submit(self._run, inputs)
-        future: Future[Result] = Future()
+            return self._pool.submit(timed, self.run, inputs)
+        future: Future[Timed] = Future()
         try:
-            future.set_result(self._run(inputs))
+            future.set_result(timed(self.run, inputs))
         except Exception as error:
             future.set_exception(error)
         return future
 
-    def _run(self, inputs: Tensors) -> Result:
+    def run(self, inputs: Tensors) -> Result:
+        self.ran_on.append(threading.get_ident())
         first = next(iter(inputs.values()))
         self.batch_rows.append(first.shape[0] if first.ndim else 1)
         outputs = self._compute(inputs)

@@ -1,9 +1,9 @@
 """The data plane: the Open Inference Protocol v2 over HTTP, on TCP and on a Unix socket.
 
-    socket -> http (deadlines, caps) -> app (routes, body) -> decode -> batcher -> Served.submit
+    socket -> http (deadlines, caps) -> app (routes, body) -> decode -> batcher -> Served.submit, or Served.run
                                                            -> encode -> socket
 
-Everything but the executors runs on one asyncio loop, so no state here needs a lock except the byte
+Everything but the executors runs on one asyncio loop, and so do runs that take no time (`inline`), so no state here needs a lock except the byte
 budget, which the codec thread shares. The engine is known only through the Protocols of `served`.
 
 Deliberately absent: gRPC, ensembles, sequence and decoupled models, BYTES tensors, the trace and
@@ -11,7 +11,7 @@ logging extensions, CUDA shared memory, TLS (a proxy or the Unix socket's permis
 port).
 """
 
-from graphoptd.data.served import Directory, IndexEntry, Result, Served, Signature, TensorSpec
+from graphoptd.data.served import Directory, IndexEntry, Result, Served, Signature, TensorSpec, Timed, timed
 from graphoptd.data.server import DataServer
 from graphoptd.data.settings import DataSettings
 
@@ -24,4 +24,6 @@ __all__ = [
     "Served",
     "Signature",
     "TensorSpec",
+    "Timed",
+    "timed",
 ]

@@ -5,7 +5,7 @@ itself does.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sized
 from concurrent.futures import ThreadPoolExecutor
 
 from graphopt.errors import GraphoptError
@@ -33,6 +33,7 @@ class DataPlane:
         settings: limits and switches.
         version: of this program, told in the server's metadata.
         loop: the event loop it will be called on.
+        under_way: holds every call that is being answered.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class DataPlane:
         settings: DataSettings,
         version: str,
         loop: asyncio.AbstractEventLoop,
+        under_way: Sized,
     ) -> None:
         self._directory = directory
         self._settings = settings
@@ -48,7 +50,7 @@ class DataPlane:
         self._loop = loop
         self.failures = Failures()
         self.budget = ByteBudget(settings.inflight_bytes_max)
-        self.lanes = Lanes(directory, settings, loop)
+        self.lanes = Lanes(directory, settings, loop, under_way)
         self._memory = (
             SharedMemory(settings.shared_memory_regions_max) if settings.shared_memory else None
         )

@@ -1,6 +1,7 @@
 """The queue of one model: who runs next, and which requests run as one.
 
     request -> [queue, bounded] -> batch -> Served.submit -> split -> one answer each
+            -> Served.run, when nothing waits or runs and the run is known to be quick (`inline`)
 
 An idle executor never waits: a request that finds one free is handed over at once, alone. While all
 are busy, requests of equal shapes gather; a batch goes when an executor comes free. So that an
@@ -10,13 +11,14 @@ starves.
 
 A batch is one `submit`, so it runs on one revision. Requests were checked before they came here; if
 a batch fails all the same, its members run once more, each alone, and only the culprit fails. An
-expired or abandoned request leaves the queue at once and never runs. Everything here happens on the
+expired or abandoned request leaves the queue at once and never runs; a run on the loop is over
+before anything else can happen, so only its deadline is left to be checked. Everything here happens on the
 event loop; the engine's threads only wake it.
 """
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence, Sized
 from concurrent.futures import Future
 from dataclasses import dataclass
 from math import inf
@@ -26,7 +28,8 @@ from typing import Any
 import torch
 
 from graphopt.errors import BusyError, DeadlineError
-from graphoptd.data.served import Result, Served
+from graphoptd.data.inline import InlineGate
+from graphoptd.data.served import Served, Timed
 from graphoptd.data.settings import DataSettings
 from graphoptd.data.statistics import ModelStatistics
 
@@ -82,6 +85,12 @@ class Work:
         self.future: asyncio.Future[Outcome]
         self.deadline_s: float
 
+    def shape(self, rows: int) -> Hashable:
+        """What its run takes depends on: the shapes of a batch of `rows` rows like it."""
+        if self.key is not None:
+            return self.key, rows
+        return tuple([(name, tensor.shape) for name, tensor in self.inputs.items()])
+
 
 @dataclass(slots=True)
 class _Run:
@@ -103,11 +112,15 @@ class Batcher:
         settings: DataSettings,
         statistics: ModelStatistics,
         loop: asyncio.AbstractEventLoop,
+        under_way: Sized = (),
     ) -> None:
+        """`under_way` holds every request that is being answered, for this model or another."""
         self._served = served
         self._settings = settings
         self._statistics = statistics
         self._loop = loop
+        self._under_way = under_way
+        self._gate = InlineGate() if settings.inline == "auto" else None
         self._groups: dict[tuple[Any, ...] | None, deque[Work]] = {}
         self._alone: deque[Work] = deque()  # members of a failed batch, to be run singly
         self.n_queued = 0
@@ -135,6 +148,11 @@ class Batcher:
             )
         loop = self._loop
         future = work.future = loop.create_future()
+        if self._gate is not None and self.n_queued == 0 and self._n_running == 0:
+            shape = work.shape(work.rows)
+            if self._gate.admits(self._served.plan_id(), shape, len(self._under_way) <= 1):
+                self._run_here(work, self._gate, shape, deadline_s)
+                return future
         self._watch(work, deadline_s)
         if self.n_queued == 0 and self._n_running < self._served.capacity():
             self._start((work,))
@@ -225,6 +243,36 @@ class Batcher:
 
     # -- running
 
+    def _run_here(
+        self, work: Work, gate: InlineGate, shape: Hashable, deadline_s: float
+    ) -> None:
+        """Run one request on the event loop; its future is done afterwards."""
+        started_ns = perf_counter_ns()
+        try:
+            result = self._served.run(work.inputs)
+        except Exception as error:
+            gate.add_here(shape, perf_counter_ns() - started_ns)
+            work.future.set_exception(error)
+            return
+        done_ns = perf_counter_ns()
+        infer_ns = done_ns - started_ns
+        gate.add_here(shape, infer_ns)
+        self._statistics.add_execution(work.rows, 0, infer_ns, 0)
+        # As generous as the alarm of those that run elsewhere.
+        if done_ns - work.arrived_ns > (deadline_s + _TICK_S) * 1e9:
+            work.future.set_exception(self._expired())
+            return
+        work.future.set_result(
+            Outcome(
+                result.outputs,
+                result.revision,
+                result.plan_id,
+                started_ns - work.arrived_ns,
+                0,
+                infer_ns,
+            )
+        )
+
     def _start(self, works: Sequence[Work]) -> None:
         started_ns = perf_counter_ns()
         rows = works[0].rows
@@ -249,16 +297,20 @@ class Batcher:
         else:
             running.add_done_callback(_Waker(self._loop, self._on_done, run))
 
-    def _on_done(self, run: _Run, running: Future[Result]) -> None:
+    def _on_done(self, run: _Run, running: Future[Timed]) -> None:
         self._finish(run, running)
         self._pump()
 
-    def _finish(self, run: _Run, running: Future[Result]) -> None:
+    def _finish(self, run: _Run, running: Future[Timed]) -> None:
         done_ns = perf_counter_ns()
         infer_ns = done_ns - run.submitted_ns
         self._n_running -= 1
         try:
-            result = running.result()
+            took = running.result()
+            result = took.result
+            if self._gate is not None:
+                shape = run.works[0].shape(run.rows)
+                self._gate.add_elsewhere(result.plan_id, shape, took.cpu_ns, took.wall_ns)
             parts = (
                 [result.outputs]
                 if len(run.works) == 1
@@ -317,14 +369,15 @@ class Batcher:
         for work in [work for work in self._waiting if work.deadline_s <= now_s]:
             self._waiting.discard(work)
             if not work.future.done():
-                work.future.set_exception(
-                    DeadlineError(
-                        "no answer within the deadline",
-                        where=f"model {self._served.name}",
-                        remedy="retry, or send a larger `timeout`",
-                    )
-                )
+                work.future.set_exception(self._expired())
         self._set_alarm(min((work.deadline_s for work in self._waiting), default=inf))
+
+    def _expired(self) -> DeadlineError:
+        return DeadlineError(
+            "no answer within the deadline",
+            where=f"model {self._served.name}",
+            remedy="retry, or send a larger `timeout`",
+        )
 
     def _forget(self, work: Work) -> None:
         """Take an expired or cancelled request out of the queue."""
@@ -349,14 +402,14 @@ class _Waker:
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
-        on_done: Callable[[_Run, Future[Result]], None],
+        on_done: Callable[[_Run, Future[Timed]], None],
         run: _Run,
     ) -> None:
         self._loop = loop
         self._on_done = on_done
         self._run = run
 
-    def __call__(self, running: Future[Result]) -> None:
+    def __call__(self, running: Future[Timed]) -> None:
         try:
             self._loop.call_soon_threadsafe(self._on_done, self._run, running)
         except RuntimeError:

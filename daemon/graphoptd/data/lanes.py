@@ -5,6 +5,7 @@ old one drains by itself while requests hold it.
 """
 
 import asyncio
+from collections.abc import Sized
 
 from graphopt.errors import GraphoptError, ModelNotFoundError, nearest
 from graphoptd.data.batcher import Batcher
@@ -26,11 +27,15 @@ class Lane:
     __slots__ = ("_interface", "batcher", "served", "statistics")
 
     def __init__(
-        self, served: Served, settings: DataSettings, loop: asyncio.AbstractEventLoop
+        self,
+        served: Served,
+        settings: DataSettings,
+        loop: asyncio.AbstractEventLoop,
+        under_way: Sized,
     ) -> None:
         self.served = served
         self.statistics = ModelStatistics()
-        self.batcher = Batcher(served, settings, self.statistics, loop)
+        self.batcher = Batcher(served, settings, self.statistics, loop, under_way)
         self._interface = Interface.of(served.signature())
 
     def interface(self) -> Interface:
@@ -42,14 +47,19 @@ class Lane:
 
 
 class Lanes:
-    """The lanes of all live models."""
+    """The lanes of all live models; `under_way` holds every request that is being answered."""
 
     def __init__(
-        self, directory: Directory, settings: DataSettings, loop: asyncio.AbstractEventLoop
+        self,
+        directory: Directory,
+        settings: DataSettings,
+        loop: asyncio.AbstractEventLoop,
+        under_way: Sized,
     ) -> None:
         self._directory = directory
         self._settings = settings
         self._loop = loop
+        self._under_way = under_way
         self._by_name: dict[str, Lane] = {}
 
     def get(self, name: str) -> Lane:
@@ -65,7 +75,7 @@ class Lanes:
                 remedy=nearest(name, names) or "list models with POST /v2/repository/index",
             )
         if lane is None or lane.served is not served:
-            lane = self._by_name[name] = Lane(served, self._settings, self._loop)
+            lane = self._by_name[name] = Lane(served, self._settings, self._loop, self._under_way)
         return lane
 
     def all(self) -> list[Lane]:

@@ -1,12 +1,14 @@
 """What the data plane needs from the engine, and nothing more.
 
 The engine implements `Served` and `Directory`; tests implement them by hand. Every method but
-`Directory.load` and `Directory.unload` is called on the event loop and must return at once.
+`Directory.load` and `Directory.unload` is called on the event loop, and must return at once but for
+`Served.run`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from time import perf_counter_ns, thread_time_ns
 from typing import Protocol
 
 import torch
@@ -58,6 +60,28 @@ class Result(Protocol):
         ...
 
 
+@dataclass(slots=True)  # not frozen: one is made for each run, and freezing triples the cost
+class Timed:
+    """A result, and what its run took on the thread that did it.
+
+    Attributes:
+        result: what it returned.
+        cpu_ns: CPU time of that thread.
+        wall_ns: from its start to its end; waiting for a thread is not in it.
+    """
+
+    result: Result
+    cpu_ns: int
+    wall_ns: int
+
+
+def timed(run: Callable[[dict[str, torch.Tensor]], Result], inputs: dict[str, torch.Tensor]) -> Timed:
+    """Runs `run(inputs)` in this thread and measures it."""
+    started_ns, started_cpu_ns = perf_counter_ns(), thread_time_ns()
+    result = run(inputs)
+    return Timed(result, thread_time_ns() - started_cpu_ns, perf_counter_ns() - started_ns)
+
+
 class Served(Protocol):
     """One live model."""
 
@@ -77,7 +101,21 @@ class Served(Protocol):
         """How many submitted runs execute at the same time: executor threads, at least 1."""
         ...
 
-    def submit(self, inputs: dict[str, torch.Tensor]) -> Future[Result]:
+    def plan_id(self) -> str:
+        """The published plan: what a run that begins now uses."""
+        ...
+
+    def run(self, inputs: dict[str, torch.Tensor]) -> Result:
+        """Do one run on the current revision, here and now; bit for bit what `submit` would give.
+
+        The only method that takes its time: it is called for runs known to be quick (`inline`).
+
+        Raises:
+            GraphoptError: the inputs do not fit.
+        """
+        ...
+
+    def submit(self, inputs: dict[str, torch.Tensor]) -> Future[Timed]:
         """Queue one run on the current revision; never blocks. The future may be done already.
 
         The future is never cancelled by the data plane. The inputs belong to the engine from here

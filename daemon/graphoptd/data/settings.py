@@ -6,6 +6,7 @@ a file or the environment.
 
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 from graphopt.errors import DocumentError
 
@@ -60,6 +61,9 @@ class DataSettings:
     batch_delay_us: int = (
         1000  # how long a request waits for mates while every executor is busy; ticks of 1 ms
     )
+    inline: Literal["auto", "never"] = (
+        "auto"  # quick runs on the event loop: saves two hand-overs between threads, about 60 us
+    )
     retry_after_s: int = 1  # told to clients with every 503
 
     # -- extensions
@@ -80,6 +84,10 @@ class DataSettings:
                 )
         if self.port is not None and self.port > 65535:
             raise DocumentError(f"{self.port} is not a port", where="port", remedy="0 to 65535")
+        if self.inline not in ("auto", "never"):
+            raise DocumentError(
+                f"{self.inline!r} is no choice", where="inline", remedy="give auto or never"
+            )
 
 
 _ZERO_MEANS_SOMETHING = frozenset(
