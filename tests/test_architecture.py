@@ -44,8 +44,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("delta", "text", "text_parser", "bundle_manifest", "bundle"),
     ("analysis",),
     ("executor",),
+    ("planner",),
     ("adapters", "frontend", "macros", "store"),
     ("delta_document",),  # reads macros too
+    ("builder",),
     ("engine",),
     ("",),  # the package itself: the public names
 )

@@ -45,7 +45,7 @@ class Improver:
 
         Gives up as soon as a delta makes another revision: that revision's own job follows.
         """
-        plan, facts, blocks = model.take_unproven()
+        old, facts, blocks = model.take_unproven()
         candidates: dict[str, Step] = {}
         concerned: set[str] = set()
         for run in _runs(facts, blocks):
@@ -54,18 +54,18 @@ class Improver:
             if key in self._refused or self._shelf.find(key) is not None:
                 continue
             step = self._fused.prepare_run(facts, run)
-            if model.slot.plan is not plan:
+            if model.arrangement is not old:
                 return model.give_back(blocks)
             if step is None:
                 self._refuse(key, self._fused.why_run(facts, run))
             else:
                 candidates[run[0]] = step
         if candidates:
-            for step, sample in _samples(model, plan, facts, candidates):
-                if model.slot.plan is not plan:
+            for step, sample in _samples(model, old.base, facts, candidates):
+                if model.arrangement is not old:
                     return model.give_back(blocks)
                 self._judge(model, facts, step, sample)
-        if not model.publish_better(plan, facts, concerned):
+        if not model.publish_base(old, facts, concerned):
             model.give_back(blocks)
         return None
 

@@ -24,8 +24,9 @@ from graphopt.engine.ledger import HISTORY_LINES_MAX, Commit, Ledger, Recovered
 from graphopt.engine.records import Applied, DryRun, EngineSettings, Result, RevisionInfo
 from graphopt.engine.shelf import Shelf
 from graphopt.errors import DeltaError, DuplicateDeltaError, GraphoptError, PreconditionError
+from graphopt.executor.arrangement import Arrangement
 from graphopt.executor.build import EagerBuilder, bind_run, build_plan, replan, weight_key
-from graphopt.executor.plan import Plan, Step
+from graphopt.executor.plan import Step
 from graphopt.executor.publish import Slot
 from graphopt.executor.runs import run_of, run_region
 from graphopt.graph import Graph
@@ -73,7 +74,9 @@ class LiveModel:
         self._writing = threading.RLock()
         self._unproven = set(self.facts.regions)  # blocks the better path has not looked at
         self._history: deque[RevisionInfo] = deque(recovered.history, maxlen=HISTORY_LINES_MAX)
-        self.slot = Slot(build_plan(self.facts, revision, self.live_step))
+        base = build_plan(self.facts, revision, self.live_step)
+        self.arrangement = Arrangement.of(base)
+        self.slot = Slot(base)
 
     # -- serving
 
@@ -194,37 +197,47 @@ class LiveModel:
                 return bind_run(facts, run, region, found.tier, found.function, found.constants)
         return self._eager(facts, block)
 
-    def take_unproven(self) -> tuple[Plan, Facts, set[str]]:
-        """The published plan, its facts, and the blocks that changed since the last call."""
+    def take_unproven(self) -> tuple[Arrangement, Facts, set[str]]:
+        """What is published, its facts, and the blocks that changed since the last call and that no
+        overlay covers.
+        """
         with self._writing:
             blocks, self._unproven = self._unproven, set()
-            return self.slot.plan, self.facts, blocks
+            return self.arrangement, self.facts, blocks - self.arrangement.covered()
 
     def give_back(self, blocks: set[str]) -> None:
         """Blocks of `take_unproven` that were not looked at because the model moved on."""
         with self._writing:
             self._unproven |= blocks
 
-    def publish_better(self, old: Plan, facts: Facts, blocks: set[str]) -> bool:
-        """Publishes `old` with what the shelf now holds for `blocks`; False when the model has moved on.
+    def publish_base(self, old: Arrangement, facts: Facts, blocks: set[str]) -> bool:
+        """Publishes `old` with what the shelf now holds for `blocks` of its base.
 
-        The plan is made before the writer's lock is taken: deltas do not wait for it.
+        False when the model has moved on.
         """
         none: frozenset[str] = frozenset()
         change = Update(facts, {}, frozenset(blocks), none, none, none)
-        plan, _ = replan(old, change, old.revision, self.live_step)
-        if plan.id == old.id:
-            return True
+        base, _ = replan(old.base, change, old.plan.revision, self.live_step)
+        return self.publish(old, Arrangement.of(base, old.overlays))
+
+    def publish(self, old: Arrangement, new: Arrangement) -> bool:
+        """Publishes `new`, made of `old` for the same revision; False when the model has moved on.
+
+        What is published is made before the writer's lock is taken: deltas do not wait for it.
+        """
         with self._writing:
-            if self.slot.plan is not old:
+            if self.arrangement is not old:
                 return False
-            self.slot.publish(plan)
+            self.arrangement = new
+            if new.plan.id == old.plan.id:
+                return True
+            self.slot.publish(new.plan)
         fields = {
             "graph": self.name,
-            "revision": plan.revision,
-            "plan_id": plan.id,
-            "from_plan_id": old.id,
-            "tiers": plan.tiers(),
+            "revision": new.plan.revision,
+            "plan_id": new.plan.id,
+            "from_plan_id": old.plan.id,
+            "tiers": new.plan.tiers(),
         }
         self.settings.events("plan.published", fields)
         return True
@@ -269,7 +282,8 @@ class LiveModel:
     def _apply(self, delta: Delta, kind: str, summary: str, start_s: float) -> Applied:
         applied, new = self._next(delta)
         revision = self.revision + 1
-        plan, replanned = replan(self.slot.plan, new, revision, self.live_step)
+        arrangement, replanned = self.arrangement.after(new, revision, self.live_step)
+        plan = arrangement.plan
         answer = Applied(
             revision,
             len(applied.change.nodes | applied.change.removed),
@@ -282,7 +296,7 @@ class LiveModel:
         text = summary or _summary(delta)
         said = json.dumps(asdict(answer))
         self.ledger.commit(Commit(self.name, revision, applied, kind, text, digest, said))
-        self._publish(plan, new)
+        self._publish(arrangement, new)
         live_s = self._clocks.monotonic_s() - start_s
         self._history.append(
             RevisionInfo(revision, kind, text, delta.id, applied.graph.hash, self._clocks.wall_s())
@@ -309,11 +323,14 @@ class LiveModel:
         self._improve(self)
         return done
 
-    def _publish(self, plan: Plan, new: Update) -> None:
+    def _publish(self, arrangement: Arrangement, new: Update) -> None:
         self.facts = new.facts
-        self.slot.publish(plan)
+        self.slot.publish(arrangement.plan)
+        uncovered = self.arrangement.covered() - arrangement.covered()
         self._unproven |= _replanned(new)
-        self._graphs[plan.revision] = new.facts.graph
+        self._unproven.update(block for block in uncovered if block in new.facts.regions)
+        self.arrangement = arrangement
+        self._graphs[arrangement.plan.revision] = new.facts.graph
         while len(self._graphs) > REVISIONS_KEPT_MAX:
             self._graphs.popitem(last=False)
 
