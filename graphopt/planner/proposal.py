@@ -15,31 +15,35 @@ from graphopt.analysis.blocks import CONTEXT
 from graphopt.analysis.facts import Facts
 from graphopt.executor.backend import Backend, Options, backends
 from graphopt.executor.runs import run_of, run_region
-from graphopt.graph import Graph
 from graphopt.planner.layout import Run, layer_count, layers, whole
 
 LAYER_S_MIN = 1e-3  # a layer worth a region of its own (DESIGN section 7)
 NODES_MIN = 2  # a call into a runtime costs more than one op
+CUT_NODES_MIN = 8  # what a cut leaves over is worth a region of its own only from this size on
 PLANS_MAX = 8
 
 Document = Mapping[str, Any]
 Extra = tuple[tuple[str, str], ...]
 
 
-def propose(facts: Facts, document: Document) -> dict[str, Any]:
+def propose(
+    facts: Facts, document: Document, offered: Mapping[str, Backend] | None = None
+) -> dict[str, Any]:
     """The plans worth building for a graph.
 
     Args:
         facts: of the graph.
         document: `backends`, names of the runtimes there are; `threads` and `streams` of a call;
-            `buckets`, the sizes of the graph's symbols in its hottest shapes, hottest first;
+            `buckets`, the sizes of the graph's symbols by name in its hottest shapes, hottest first;
             `latency_s`, what a request takes now, or None when it was not measured.
+        offered: the backends by name; by default those that are registered.
 
     Returns:
         `plans`: a list, the most promising first; each has a `label`, `layout` (`layers` or
         `whole`), `backend` and `regions`, a list of `{blocks, options}` where several entries of
         the same blocks are variants for shape buckets.
     """
+    known = backends() if offered is None else offered
     count = layer_count(facts)
     latency_s = document.get("latency_s")
     by_layer = count > 0 and latency_s is not None and latency_s / count >= LAYER_S_MIN
@@ -47,7 +51,7 @@ def propose(facts: Facts, document: Document) -> dict[str, Any]:
     plans = []
     for layout, runs in layouts or [("whole", whole(facts))]:
         for name in document["backends"]:
-            backend = backends().get(name)
+            backend = known.get(name)
             if backend is not None:
                 plans += _plans(facts, document, layout, runs, backend)
     return {"plans": plans[:PLANS_MAX]}
@@ -70,7 +74,7 @@ def _plans(
         entries = variants[extra] = []
         for piece, symbols, choices in offers:
             choice = choices.get(extra) or next(iter(choices.values()))
-            for sizes in _sizes(facts.graph, symbols, document["buckets"]):
+            for sizes in _sizes(symbols, document["buckets"]):
                 options = Options(choice.threads, choice.streams, sizes, choice.extra)
                 entries.append({"blocks": list(piece), "options": options.document()})
     return [
@@ -98,19 +102,18 @@ def supported(facts: Facts, run: Run, backend: Backend) -> list[Run]:
             pieces[-1].append(block)
     if len(pieces) > 1 and run[0] == CONTEXT:  # only a run of everything computes it by itself
         pieces[0].remove(CONTEXT)
-    return [tuple(piece) for piece in pieces if _is_worth_a_call(facts, piece)]
+    least = NODES_MIN if len(pieces) == 1 else CUT_NODES_MIN
+    return [tuple(piece) for piece in pieces if _node_count(facts, piece) >= least]
 
 
-def _is_worth_a_call(facts: Facts, piece: list[str]) -> bool:
-    return sum(len(facts.regions[block].order) for block in piece) >= NODES_MIN
+def _node_count(facts: Facts, piece: list[str]) -> int:
+    return sum(len(facts.regions[block].order) for block in piece)
 
 
 def _sizes(
-    graph: Graph, symbols: tuple[str, ...], buckets: Iterable[list[int]]
+    symbols: tuple[str, ...], buckets: Iterable[Mapping[str, int]]
 ) -> list[tuple[int, ...] | None]:
     """The shape variants of a region: one that takes every shape, then one for each hot bucket."""
     if not symbols:
         return [()]
-    order = [symbol.name for symbol in graph.symbols]
-    hot = [tuple(bucket[order.index(name)] for name in symbols) for bucket in buckets]
-    return [None, *dict.fromkeys(hot)]
+    return [None, *dict.fromkeys(tuple(bucket[name] for name in symbols) for bucket in buckets)]
