@@ -1,12 +1,13 @@
 """What one inference request costs the server, in CPU time: graphopt's data plane and MLServer.
 
-The model returns its input, so what is measured is HTTP, decoding, queueing and encoding. Each
-server runs in a process of its own; one client sends prepared bytes and reads whole answers, over
-one connection and over eight at once (as a busy service sees them; then its caches stay warm).
-Server CPU is the run time that the kernel's scheduler accounts to all threads of the server
-(`/proc/PID/task/*/schedstat`). Rounds are interleaved and medians reported. `uvicorn alone` answers
-the same bytes without looking at them: the floor under this HTTP stack, and the measure of how busy
-the host was.
+Our model is one relu on the real engine (`thread`: always on an executor thread, `inline`: on the
+event loop once it has proven quick, as `data.inline: auto` has it), MLServer's returns its input; so
+what is measured is HTTP, decoding, queueing and encoding. Each server runs in a process of its own;
+one client sends prepared bytes and reads whole answers, over one connection and over eight at once
+(as a busy service sees them; then its caches stay warm). Server CPU is the run time that the
+kernel's scheduler accounts to all threads of the server (`/proc/PID/task/*/schedstat`). Rounds are
+interleaved and medians reported. `uvicorn alone` answers the same bytes without looking at them: the
+floor under this HTTP stack, and the measure of how busy the host was.
 
     python -m benchmarks.data_plane [--requests 2000] [--rounds 5] [--mlserver PYTHON]
 
@@ -30,10 +31,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import uvloop
@@ -42,15 +42,15 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from benchmarks.harness import ROOT, report
-from graphoptd.data import (
-    DataServer,
-    DataSettings,
-    IndexEntry,
-    Result,
-    Served,
-    Signature,
-    TensorSpec,
-)
+from graphopt.dims import symbol
+from graphopt.engine import EngineSettings, Host
+from graphopt.graph import Graph, Ref, Symbol
+from graphopt.nodes import make_node
+from graphopt.types import TensorType
+from graphoptd.data import DataServer, DataSettings
+from graphoptd.data.inline import WINDOW_RUNS
+from graphoptd.directory import HostDirectory
+from graphoptd.service import SWITCH_INTERVAL_S
 
 N_ELEMENTS = 1024  # FP32: 4 KB
 TARGET_CPU_US = 150
@@ -85,7 +85,7 @@ def main() -> None:
     cases = [
         Case(f"graphopt, {what}, {how}, {n} connections", how, request, n)
         for what, request in (("binary", _binary_request()), ("JSON", _json_request()))
-        for how in ("thread", "inline")
+        for how in ("inline", "thread")
         for n in CONNECTIONS
     ]
     cases += [
@@ -125,7 +125,7 @@ def _measure(case: Case, pid: int, port: int, n_requests: int) -> Row:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connections.append(connection)
         n_turns = max(n_requests // case.n_connections, 10)
-        for _ in range(n_turns // 10):
+        for _ in range(max(n_turns // 10, 2 * WINDOW_RUNS)):
             _exchange(connections, case.request)
         latencies_us = []
         before_ns = _cpu_ns(pid)
@@ -247,17 +247,31 @@ def _started(name: str, mlserver: str | None) -> Iterator[tuple[int, int]]:
 
 def _serve(kind: str) -> None:
     """The server process, until it is told to end."""
-    uvloop.run(_serve_floor() if kind == "floor" else _serve_identity(kind == "thread"))
-
-
-async def _serve_identity(on_thread: bool) -> None:
-    """Our data plane in front of an identity model."""
     torch.set_num_threads(1)
-    gc.freeze()  # as the daemon does after start-up
-    server = DataServer(_Only(_Identity(on_thread)), DataSettings(port=0))
-    await server.start()
-    print(server.addresses[0].rsplit(":", 1)[1], flush=True)
-    await asyncio.Event().wait()
+    uvloop.run(
+        _serve_floor() if kind == "floor" else _serve_model("auto" if kind == "inline" else "never")
+    )
+
+
+async def _serve_model(inline: Literal["auto", "never"]) -> None:
+    """Our data plane in front of the real engine, as the daemon puts them together."""
+    batch = symbol("batch")
+    type_ = TensorType("f32", (batch, N_ELEMENTS))
+    nodes = [make_node("y", "aten.relu.default", [Ref("x")])]
+    graph = Graph.build(
+        "identity", nodes, [("x", type_)], [("y", Ref("y"))], {}, symbols=[Symbol("batch")]
+    )
+    with contextlib.closing(Host(EngineSettings(threads=1, intra_op=1))) as host:
+        host.load(graph)
+        host.settle()
+        directory = HostDirectory(host, lambda: None)
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        gc.freeze()
+        server = DataServer(directory, DataSettings(port=0, inline=inline))
+        await server.start()
+        directory.open()
+        print(server.addresses[0].rsplit(":", 1)[1], flush=True)
+        await asyncio.Event().wait()
 
 
 async def _serve_floor() -> None:
@@ -285,60 +299,6 @@ async def _serve_floor() -> None:
 
 
 _FLOOR_ANSWER = bytes(N_ELEMENTS * 4 + 150)
-
-
-@dataclass(frozen=True, slots=True)
-class _Ran:
-    outputs: dict[str, torch.Tensor]
-    revision: int
-    plan_id: str
-
-
-class _Identity:
-    name = "identity"
-
-    def __init__(self, on_thread: bool) -> None:
-        shape = (-1, N_ELEMENTS)
-        self._signature = Signature(
-            (TensorSpec("x", "FP32", shape, True),), (TensorSpec("y", "FP32", shape, True),), 1
-        )
-        self._pool = ThreadPoolExecutor(1) if on_thread else None
-
-    def signature(self) -> Signature:
-        return self._signature
-
-    def capacity(self) -> int:
-        return 1
-
-    def submit(self, inputs: dict[str, torch.Tensor]) -> Future[Result]:
-        if self._pool is not None:
-            return self._pool.submit(self._run, inputs)
-        future: Future[Result] = Future()
-        future.set_result(self._run(inputs))
-        return future
-
-    def _run(self, inputs: dict[str, torch.Tensor]) -> Result:
-        return _Ran({"y": inputs["x"]}, 1, "plan")
-
-
-@dataclass(frozen=True)
-class _Only:
-    model: _Identity
-
-    def find(self, name: str) -> Served | None:
-        return self.model if name == self.model.name else None
-
-    def index(self) -> list[IndexEntry]:
-        return [IndexEntry(self.model.name, 1, "READY")]
-
-    def ready(self) -> bool:
-        return True
-
-    def load(self, name: str, bundle: str) -> None:
-        raise AssertionError
-
-    def unload(self, name: str) -> None:
-        raise AssertionError
 
 
 _MLSERVER_MODEL = """
@@ -412,11 +372,15 @@ def _report(rows: list[Row], options: argparse.Namespace) -> None:
     report("data_plane", [asdict(row) for row in rows], **extra)
     cpu_us = {row.name: row.server_cpu_us for row in rows}
     for n in CONNECTIONS:
-        ours = cpu_us[f"graphopt, binary, thread, {n} connections"]
-        print(f"binary on {n} connections: {ours:.0f} us, target {TARGET_CPU_US}")
+        ours = cpu_us[f"graphopt, binary, inline, {n} connections"]
+        floor = cpu_us[f"uvicorn alone, binary, {n} connections"]
+        print(
+            f"binary on {n} connections: {ours:.0f} us, target {TARGET_CPU_US}; "
+            f"{ours / floor:.2f} times uvicorn alone"
+        )
         theirs = cpu_us.get(f"MLServer, JSON, {n} connections")
         if theirs is not None:
-            ratio = theirs / cpu_us[f"graphopt, JSON, thread, {n} connections"]
+            ratio = theirs / cpu_us[f"graphopt, JSON, inline, {n} connections"]
             print(f"JSON on {n} connections: MLServer takes {ratio:.2f} times our CPU")
 
 

@@ -88,6 +88,7 @@ class DataPlane:
         model = ""
         headers: dict[bytes, bytes] = {}
         call: Call | None = None
+        connection = None
         try:
             headers = dict(scope["headers"])
             route = resolve(scope["method"], scope["raw_path"])
@@ -110,6 +111,12 @@ class DataPlane:
             # The client waits for leave to send its body and will not get it; what it sends next is
             # unclear.
             answer.headers.append((b"connection", b"close"))
+            connection = None
+        answer.headers.append((b"content-length", b"%d" % answer.size_bytes()))
+        if connection is not None and len(answer.parts) < 2:
+            body = answer.parts[0] if answer.parts else b""
+            if connection.answer_at_once(send, answer.status, answer.headers, body):
+                return
         await _send(answer, send)
 
     # -- routes that read
@@ -197,7 +204,6 @@ def _empty() -> Answer:
 
 
 async def _send(answer: Answer, send: Send) -> None:
-    answer.headers.append((b"content-length", b"%d" % answer.size_bytes()))
     await send({"type": "http.response.start", "status": answer.status, "headers": answer.headers})
     parts = answer.parts
     for part in parts[:-1]:

@@ -243,9 +243,7 @@ class Batcher:
 
     # -- running
 
-    def _run_here(
-        self, work: Work, gate: InlineGate, shape: Hashable, deadline_s: float
-    ) -> None:
+    def _run_here(self, work: Work, gate: InlineGate, shape: Hashable, deadline_s: float) -> None:
         """Run one request on the event loop; its future is done afterwards."""
         started_ns = perf_counter_ns()
         try:

@@ -143,17 +143,16 @@ def _output(outputs: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
             where="outputs",
             remedy="read the model's metadata again",
         )
-    if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.requires_grad:
+    if not tensor.is_cpu or not tensor.is_contiguous() or tensor.requires_grad:
         tensor = tensor.detach().cpu().contiguous()
     return tensor
 
 
 def _content(tensor: torch.Tensor) -> Part:
     """The bytes of a contiguous tensor, row-major; a view when large."""
-    flat = tensor.reshape(-1)
     if tensor.dtype is torch.bfloat16:  # numpy has no such type
-        flat = flat.view(torch.uint8)
-    array = flat.numpy()
+        tensor = tensor.reshape(-1).view(torch.uint8)
+    array = tensor.numpy()
     return array.tobytes() if array.nbytes <= _JOIN_BYTES else memoryview(array.data).cast("B")
 
 

@@ -30,11 +30,13 @@ ALONE_NS_MAX = 200_000
 # The same while other requests are under way: they might form a batch or run beside it. A batch saves
 # its members most of two hand-overs, but joining and splitting it costs each 10 to 20 us on the loop;
 # only a run of about that length has nothing to gain.
-AMONG_NS_MAX = 30_000
+AMONG_NS_MAX = 60_000
 
 WINDOW_RUNS = 16  # judged together: enough for a median that one disturbed run does not move
 _REST_WINDOWS_MIN = 4
-_REST_WINDOWS_MAX = 256  # 4096 runs: then fewer than one run in four thousand holds the loop too long
+_REST_WINDOWS_MAX = (
+    256  # 4096 runs: then fewer than one run in four thousand holds the loop too long
+)
 _SHAPES_MAX = 256  # records of one plan; a client that sends ever new shapes gains nothing by it
 
 
@@ -56,6 +58,8 @@ class _Record:
         self._served = 0  # windows on the loop since the last rest
 
     def add_elsewhere(self, cpu_ns: int, wall_ns: int) -> None:
+        if self.usual_ns < inf:
+            return  # the loop knows better
         times_ns = self._times_ns
         times_ns.append(cpu_ns)
         self._least_wall_ns = min(self._least_wall_ns, wall_ns)

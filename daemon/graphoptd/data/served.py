@@ -75,7 +75,9 @@ class Timed:
     wall_ns: int
 
 
-def timed(run: Callable[[dict[str, torch.Tensor]], Result], inputs: dict[str, torch.Tensor]) -> Timed:
+def timed(
+    run: Callable[[dict[str, torch.Tensor]], Result], inputs: dict[str, torch.Tensor]
+) -> Timed:
     """Runs `run(inputs)` in this thread and measures it."""
     started_ns, started_cpu_ns = perf_counter_ns(), thread_time_ns()
     result = run(inputs)

@@ -83,9 +83,7 @@ class DataServer:
             ListenError: an address cannot be had; nothing is left open then.
         """
         loop = asyncio.get_running_loop()
-        self._plane = DataPlane(
-            self._directory, self.settings, _version(), loop, self._state.tasks
-        )
+        self._plane = DataPlane(self._directory, self.settings, _version(), loop, self._state.tasks)
         self._guard = Guard(self.settings, loop)
         config = Config(
             self._plane,

@@ -137,6 +137,9 @@ def view_of(
         # An odd-sized tensor stands before this one. Kernels may assume that elements are aligned.
         buffer = buffer[offset : offset + n_elements * datatype.size_bytes]
         offset = 0
+    if datatype.array_dtype is not None:  # a third of the time of torch.frombuffer and view
+        array: np.ndarray[Any, Any] = np.ndarray(shape, datatype.array_dtype, buffer, offset)
+        return torch.from_numpy(array)
     if datatype.kind == "bool":
         octets = torch.frombuffer(buffer, dtype=torch.uint8, count=n_elements, offset=offset)
         if octets.max() > 1:
