@@ -32,7 +32,6 @@ from graphoptd.configured import ConfiguredModels
 from graphoptd.control import ControlContext, ControlServer
 from graphoptd.control.changes import apply_to
 from graphoptd.control.context import origin
-from graphoptd.cpus import share
 from graphoptd.data import DataServer, DataSettings
 from graphoptd.data.sockets import open_tcp, open_unix, unlink_own
 from graphoptd.directory import HostDirectory, figures_of
@@ -134,10 +133,10 @@ class App:
     def _recover(self) -> None:
         start_s = time.monotonic()
         spare_dynamo()
-        threads, intra_op = share(self.settings.executor)
+        threads = self.settings.executor.budget()
         events = EngineEvents(origin, self._store_failed)
         state = self.settings.state.path
-        self.host = Host(EngineSettings(threads, intra_op, events=events), state)
+        self.host = Host(EngineSettings(threads.workers, threads.each, events=events), state)
         self.directory = HostDirectory(self.host, lambda: self.settings.repository)
         self.configured = ConfiguredModels(self.host, state)
         models = self.host.models().values()

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from graphopt.documents import Rule
+from graphopt.engine.thread_budget import ThreadBudget, budget
 
 LIVE, RESTART, STATE = "live", "restart", "state"
 
@@ -137,10 +138,26 @@ class SpoolSettings:
 
 @dataclass(frozen=True, slots=True)
 class ExecutorSettings:
-    """Threads that run requests, and torch's threads inside each."""
+    """Threads that run requests, the runtime's threads inside each, and what runs behind them."""
 
+    prefer: Literal["latency", "throughput"] = field(default="latency", metadata=restart())
     threads: ThreadCount = field(default="auto", metadata=restart(low=1, high=THREADS_MAX))
     intra_op_threads: ThreadCount = field(default="auto", metadata=restart(low=1, high=THREADS_MAX))
+
+    def budget(self, cpus: int | None = None) -> ThreadBudget:
+        """The threads of this process, as these settings say; what is `auto` fits `cpus`."""
+        workers = None if self.threads == "auto" else self.threads
+        each = None if self.intra_op_threads == "auto" else self.intra_op_threads
+        return budget(self.prefer, workers, each, cpus)
+
+
+@dataclass(frozen=True, slots=True)
+class BuilderSettings:
+    """The process that builds and proves better plans beside the running server."""
+
+    enabled: bool = field(default=True, metadata=restart())
+    floor_pct: float = field(default=10.0, metadata=restart(low=0, high=100))
+    artifacts_bytes_max: int = field(default=4 << 30, metadata=restart(low=0, high=BYTES_MAX))
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +189,7 @@ class Settings:
     repository: Path | None = field(default=None, metadata=live())
     spool: SpoolSettings = field(default_factory=SpoolSettings, metadata=live())
     executor: ExecutorSettings = field(default_factory=ExecutorSettings, metadata=live())
+    builder: BuilderSettings = field(default_factory=BuilderSettings, metadata=live())
     log: LogSettings = field(default_factory=LogSettings, metadata=live())
     models: Mapping[str, ModelSettings] = field(
         default_factory=dict, metadata=journaled(count_max=MODELS_MAX)

@@ -1,18 +1,14 @@
 """What the engine is told and what it answers: plain records."""
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from graphopt.engine.thread_budget import usable_cpus
+
 EventSink = Callable[[str, Mapping[str, Any]], None]
-
-
-def usable_cpus() -> int:
-    """The CPUs this process may run on: its affinity, never the host's core count."""
-    return len(os.sched_getaffinity(0))
 
 
 def ignore_event(name: str, fields: Mapping[str, Any]) -> None:

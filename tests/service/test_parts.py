@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from graphopt.engine.thread_budget import ThreadBudget, usable_cpus
 from graphoptd.configured import FILE, ConfiguredModels
-from graphoptd.cpus import share, usable
 from graphoptd.engine_events import EngineEvents
 from graphoptd.garbage import BUSY_GROWTH_MAX, IDLE_GROWTH_MIN, Garbage
 from graphoptd.logs import install
@@ -25,18 +25,20 @@ from service.harness import ENVIRONMENT
         (ExecutorSettings(threads=2), 16, (2, 8)),
         (ExecutorSettings(threads=8), 2, (8, 1)),
         (ExecutorSettings(intra_op_threads=1), 6, (6, 1)),
+        (ExecutorSettings(prefer="throughput"), 6, (6, 1)),
+        (ExecutorSettings(prefer="throughput", threads=2), 6, (2, 3)),
         (ExecutorSettings(threads=3, intra_op_threads=5), 2, (3, 5)),
     ],
 )
 def test_threads_fit_the_cpus_and_what_is_given_is_kept(
     settings: ExecutorSettings, cpus: int, expected: tuple[int, int]
 ) -> None:
-    assert share(settings, cpus) == expected
+    assert settings.budget(cpus) == ThreadBudget(*expected)
 
 
 def test_a_quota_of_the_cgroup_counts(tmp_path: Path) -> None:
     (tmp_path / "cpu.max").write_text("50000 100000\n")
-    assert usable(tmp_path) == 1
+    assert usable_cpus(tmp_path) == 1
 
 
 def said(events: list[tuple[str, dict[str, Any]]], origin: dict[str, Any]) -> list[dict[str, Any]]:
