@@ -54,7 +54,10 @@ class Host:
         self._memory = MemoryLedger()
         self.threads = ExecutorThreads(self.settings.threads, self.settings.intra_op)
         self._background = BackgroundThread(
-            "graphopt-background", self.settings.intra_op, self._on_background_error
+            "graphopt-background",
+            self.settings.intra_op,
+            self._on_background_error,
+            clocks.monotonic_s,
         )
         try:
             self._recover()

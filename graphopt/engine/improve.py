@@ -13,7 +13,6 @@ import torch
 from graphopt.analysis.facts import Facts
 from graphopt.engine.live import LiveModel
 from graphopt.engine.shelf import Candidate, Key, Shelf
-from graphopt.errors import RequestError
 from graphopt.executor.build import weight_key
 from graphopt.executor.fused import FusedBuilder
 from graphopt.executor.plan import Plan, Step, bind_inputs, run_steps
@@ -119,12 +118,8 @@ def _samples(
 
 
 def _bind(model: LiveModel, plan: Plan, facts: Facts) -> tuple[dict[str, object], dict[str, int]]:
-    recent = model.recent_inputs
-    if recent is not None:
-        try:
-            return bind_inputs(plan, recent)
-        except RequestError:
-            pass  # the interface has changed since that request
+    for kept in model.captured.collect(plan).values():
+        return bind_inputs(plan, kept[-1])
     return bind_inputs(plan, sample_inputs(facts))
 
 

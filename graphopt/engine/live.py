@@ -18,6 +18,7 @@ from graphopt.analysis.check import check_facts
 from graphopt.analysis.facts import Facts, Update, analyse, update
 from graphopt.delta import Applied as GraphApplied
 from graphopt.delta import Delta, apply_fully, difference
+from graphopt.engine.captured import Captured
 from graphopt.engine.identity import delta_digest
 from graphopt.engine.interface import changes_interface, check_interface, check_outputs
 from graphopt.engine.ledger import HISTORY_LINES_MAX, Commit, Ledger, Recovered
@@ -64,9 +65,7 @@ class LiveModel:
         revision, graph = next(reversed(recovered.graphs.items()))
         self.facts = analyse(graph)
         check_outputs(self.facts)
-        self.recent_inputs: Mapping[str, torch.Tensor] | None = (
-            None  # of the last request, to verify candidates on
-        )
+        self.captured = Captured()
         self._eager = eager
         self._shelf = shelf
         self._clocks = clocks
@@ -75,8 +74,8 @@ class LiveModel:
         self._unproven = set(self.facts.regions)  # blocks the better path has not looked at
         self._history: deque[RevisionInfo] = deque(recovered.history, maxlen=HISTORY_LINES_MAX)
         base = build_plan(self.facts, revision, self.live_step)
-        self.arrangement = Arrangement.of(base)
-        self.slot = Slot(base)
+        self._published = self._good = Arrangement.of(base)
+        self.slot = Slot(base, clocks.monotonic_s)
 
     # -- serving
 
@@ -86,7 +85,7 @@ class LiveModel:
         RequestError when the inputs do not fit.
         """
         outputs, plan = self.slot.run(inputs)
-        self.recent_inputs = inputs
+        self.captured.add(inputs)
         return Result(outputs, plan.revision, plan.id)
 
     @property
@@ -98,6 +97,12 @@ class LiveModel:
     def revision(self) -> int:
         """The revision that every newly admitted request runs."""
         return self.slot.plan.revision
+
+    @property
+    def arrangement(self) -> Arrangement:
+        """What the published plan is made of; after a rollback that of the last good one."""
+        published = self._published
+        return published if self.slot.plan is published.plan else self._good
 
     # -- editing
 
@@ -220,18 +225,24 @@ class LiveModel:
         base, _ = replan(old.base, change, old.plan.revision, self.live_step)
         return self.publish(old, Arrangement.of(base, old.overlays))
 
-    def publish(self, old: Arrangement, new: Arrangement) -> bool:
+    def publish(self, old: Arrangement, new: Arrangement, is_good: bool = True) -> bool:
         """Publishes `new`, made of `old` for the same revision; False when the model has moved on.
 
-        What is published is made before the writer's lock is taken: deltas do not wait for it.
+        What is published is made before the writer's lock is taken: deltas do not wait for it. With
+        `is_good` False the last good plan stays where a rollback goes until `confirm`.
         """
         with self._writing:
             if self.arrangement is not old:
                 return False
-            self.arrangement = new
             if new.plan.id == old.plan.id:
-                return True
-            self.slot.publish(new.plan)
+                new = Arrangement(new.base, new.overlays, old.plan)
+            elif not self.slot.publish(new.plan, expected=old.plan):
+                return False
+            self._published = new
+            if is_good:
+                self.confirm(new)
+        if new.plan is old.plan:
+            return True
         fields = {
             "graph": self.name,
             "revision": new.plan.revision,
@@ -241,6 +252,14 @@ class LiveModel:
         }
         self.settings.events("plan.published", fields)
         return True
+
+    def confirm(self, arrangement: Arrangement) -> bool:
+        """`arrangement` proved good: rollbacks go there. False when another is published."""
+        with self._writing:
+            if not self.slot.confirm(arrangement.plan):
+                return False
+            self._good = arrangement
+            return True
 
     # -- helpers
 
@@ -324,12 +343,12 @@ class LiveModel:
         return done
 
     def _publish(self, arrangement: Arrangement, new: Update) -> None:
+        uncovered = self.arrangement.covered() - arrangement.covered()
         self.facts = new.facts
         self.slot.publish(arrangement.plan)
-        uncovered = self.arrangement.covered() - arrangement.covered()
         self._unproven |= _replanned(new)
         self._unproven.update(block for block in uncovered if block in new.facts.regions)
-        self.arrangement = arrangement
+        self._published = self._good = arrangement
         self._graphs[arrangement.plan.revision] = new.facts.graph
         while len(self._graphs) > REVISIONS_KEPT_MAX:
             self._graphs.popitem(last=False)

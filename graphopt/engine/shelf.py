@@ -15,7 +15,7 @@ UNUSED_BYTES_MAX = (
     256 << 20
 )  # weights of candidates kept beyond those in use: about the layers a few deltas touched
 
-Key = tuple[str, str]  # region key, weight key
+Key = tuple[str, ...]  # region key, weight key, and what else tells candidates apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Candidate:
 
 
 class Shelf:
-    """Candidates by (region key, weight key), the least recently used given up first."""
+    """Candidates by key, the least recently used given up first."""
 
     def __init__(self) -> None:
         self._candidates: OrderedDict[Key, Candidate] = OrderedDict()

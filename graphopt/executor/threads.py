@@ -64,18 +64,40 @@ class ExecutorThreads:
             del item, future, call  # do not keep the last request's tensors until the next one
 
 
+class LoneThread:
+    """One daemon thread that runs `work` until it returns: it waits on files, not for calls."""
+
+    def __init__(self, name: str, work: Job) -> None:
+        self._thread = threading.Thread(target=work, name=name, daemon=True)
+        self._thread.start()
+
+    def join(self, timeout_s: float | None = None) -> bool:
+        """Waits until the work has returned; False when `timeout_s` passed first."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+
 class BackgroundThread:
-    """One thread that runs keyed jobs; a job submitted under a key replaces the waiting one."""
+    """One thread that runs keyed jobs; a job submitted under a key replaces the waiting one.
+
+    Jobs for later wait beside the others: `wait_idle` does not wait for them.
+    """
 
     def __init__(
-        self, name: str, intra_op: int, on_error: Callable[[str, Exception], None]
+        self,
+        name: str,
+        intra_op: int,
+        on_error: Callable[[str, Exception], None],
+        monotonic_s: Callable[[], float],
     ) -> None:
         self._jobs: dict[str, Job] = {}
+        self._later: dict[str, tuple[float, Job]] = {}  # when it is due, and the job
         self._wake = threading.Condition()
         self._running: str | None = None
         self._closed = False
         self._intra_op = intra_op
         self._on_error = on_error
+        self._now_s = monotonic_s
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
@@ -83,8 +105,16 @@ class BackgroundThread:
         """Runs `job` when those before it are done, unless another job of this key comes first."""
         with self._wake:
             self._jobs.pop(key, None)
+            self._later.pop(key, None)
             self._jobs[key] = job
             self._wake.notify_all()
+
+    def submit_after(self, delay_s: float, key: str, job: Job) -> None:
+        """Submits `job` when `delay_s` passed, unless another job of this key comes first."""
+        with self._wake:
+            if key not in self._jobs:
+                self._later[key] = (self._now_s() + delay_s, job)
+                self._wake.notify_all()
 
     def wait_idle(self, timeout_s: float | None) -> bool:
         """Waits until nothing is queued or running; False when `timeout_s` passed first."""
@@ -96,6 +126,7 @@ class BackgroundThread:
         with self._wake:
             self._closed = True
             self._jobs.clear()
+            self._later.clear()
             self._wake.notify_all()
         self._thread.join()
 
@@ -105,7 +136,8 @@ class BackgroundThread:
             with self._wake:
                 self._running = None
                 self._wake.notify_all()
-                self._wake.wait_for(lambda: self._jobs or self._closed)
+                while not (self._take_due() or self._closed):
+                    self._wake.wait(self._until_due())
                 if self._closed:
                     return
                 key = next(iter(self._jobs))
@@ -115,3 +147,16 @@ class BackgroundThread:
             except Exception as error:
                 self._on_error(key, error)
             del job
+
+    def _take_due(self) -> bool:
+        """Moves what is due to the jobs; whether there is a job."""
+        if self._later:
+            now_s = self._now_s()
+            for key in [key for key, (due_s, _) in self._later.items() if due_s <= now_s]:
+                self._jobs[key] = self._later.pop(key)[1]
+        return bool(self._jobs)
+
+    def _until_due(self) -> float | None:
+        if not self._later:
+            return None
+        return max(0.0, min(due_s for due_s, _ in self._later.values()) - self._now_s())
