@@ -4,8 +4,9 @@
 #   TORCH=auto    a GPU is there: as cuda; else a CPU build, else a torch of this Python, else stop
 #   TORCH=cpu     the CPU build (no CUDA libraries), from the package indexes that pip knows
 #   TORCH=cuda    the build that the package index gives by default; on x86-64 it brings CUDA, gigabytes
-#   TORCH=system  the torch that this Python has already; nothing is installed for it
-#   PIP_ARGS=...  for every call of pip: an index, a proxy, a folder of wheels
+#   TORCH=system  the torch that this Python has already, in a virtual environment or not; what lies
+#                 beside it is used too, and torch is not installed
+#   PIP_ARGS=...  words for every call of pip: an index, a proxy, a folder of wheels
 #   PYTHON=...    which Python; 3.11 or newer
 #   EDITABLE=     installs a copy; otherwise the code is used where it lies
 set -eu
@@ -28,6 +29,13 @@ has_gpu() { [ -e /dev/nvidia0 ] || nvidia-smi -L >/dev/null 2>&1; }
 has_torch() { "$1" -c 'import sys, torch; sys.exit(not torch.__version__.startswith("2.13."))' 2>/dev/null; }
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@" $pip_args; }
 
+clear_venv() { # nothing but what a virtual environment left: VENV may be a mistake, as /usr/local is
+    if [ -e "$venv" ] && [ ! -e "$venv/pyvenv.cfg" ] && ! rmdir "$venv" 2>/dev/null; then
+        fail "$venv is there and is no virtual environment: name another folder, or remove it"
+    fi
+    rm -rf "$venv"
+}
+
 make_venv() {
     python=$(find_python)
     [ "$torch" = system ] && options=--system-site-packages || options=
@@ -42,6 +50,13 @@ make_venv() {
     else
         fail "Python 3.11 or newer is needed. On Debian 12 and Ubuntu 24.04: apt install python3 python3-venv; or install uv"
     fi
+    [ "$torch" != system ] || show_torch "$python"
+}
+
+show_torch() { # an environment made from another one does not see what is installed in that one
+    if has_torch "$venv/bin/python" || ! has_torch "$1"; then return; fi
+    "$1" -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])' >"$venv/torch"
+    mv "$venv/torch" "$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch-of-system.pth"
 }
 
 choose_torch() { # sets `wanted`; may turn auto into system before the environment is made
@@ -54,24 +69,30 @@ choose_torch() { # sets `wanted`; may turn auto into system before the environme
     esac
     has_torch "$venv/bin/python" && return
     # Asking by its full version is the only way to tell pip which build is meant.
-    if pip install --quiet --dry-run --no-deps --no-input "$cpu_build" >/dev/null 2>&1; then
+    if refusal=$(pip install --quiet --dry-run --no-deps --no-input "$cpu_build" 2>&1); then
         wanted=$cpu_build
     elif [ "$torch" = auto ] && has_torch "$(find_python)"; then
         say "reusing the torch of $(find_python)"
         torch=system
-        rm -rf "$venv"
+        clear_venv
         make_venv
     else
-        fail "no GPU is here, and the package index has no CPU build of torch ($cpu_build). Either
+        echo "$refusal" | grep -v '^WARNING' | tail -n 2 >&2
+        fail "no GPU is here, and pip found no CPU build of torch ($cpu_build): its words are above. Either
   name an index that has it:  PIP_ARGS='--extra-index-url URL'  (the installation page of PyTorch names one; 0.2 GB)
   or take the build with CUDA:  TORCH=cuda  (about 3 GB)"
     fi
 }
 
-[ -x "$venv/bin/python" ] && "$venv/bin/python" -m pip --version >/dev/null 2>&1 || { rm -rf "$venv"; make_venv; }
+is_made() { [ -e "$venv/pyvenv.cfg" ] && "$venv/bin/python" -m pip --version >/dev/null 2>&1; }
+is_made || { clear_venv; make_venv; }
 choose_torch
 if [ "$torch" = system ] && ! has_torch "$venv/bin/python"; then
-    fail "TORCH=system: this Python has no torch 2.13; install one, or leave TORCH out"
+    python=$(find_python)
+    has_torch "${python:-false}" || fail "TORCH=system: ${python:-no Python} has no torch 2.13. Install one into it, name
+  another Python that has one:  PYTHON=/path/of/python3,  or leave TORCH out"
+    clear_venv # made without it, earlier
+    make_venv
 fi
 say "installing graphopt with $wanted into $venv"
 pip install --quiet --progress-bar off ${EDITABLE---editable} ".${extras:+[$extras]}" "$wanted" "$@"
