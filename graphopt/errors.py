@@ -236,6 +236,13 @@ class FactsError(GraphoptError):
     code = "internal.facts"
 
 
+class BuilderError(GraphoptError):
+    """The builder process could not do a job that has no candidate to blame; requests go on."""
+
+    code = "builder.unavailable"
+    retryable = True
+
+
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """A remedy naming the `count` names nearest to `name`, or an empty string when nothing is near."""
     close = get_close_matches(name, list(dict.fromkeys(known)), n=count, cutoff=0.4)

@@ -73,9 +73,17 @@ TORCH = {
     "bundle_manifest": "the torch version and op schemas",
     "analysis.probe": "runs ops on the meta device",
     "analysis.fake_run": "runs graphs on fake tensors",
+    "builder.__main__": "threads of the process",
+    "builder.boundaries": "values that cross into regions",
+    "builder.models": "constants from mapped files",
+    "builder.serve": "says its version",
+    "builder.workshop": "says its version, which is that of the fused tier",
     "adapters.peft": "adapter weights",
     "adapters.resolve": "adapter weights",
     "macros.weights": "reads weights",
+    "engine.builder_files": "constants as files",
+    "engine.builder_link": "requests to verify on",
+    "engine.builder_state": "requests to verify on",
     "engine.engine": "requests",
     "engine.host": "thread counts",
     "engine.improve": "requests",
@@ -85,6 +93,7 @@ TORCH = {
 }
 TORCH_PACKAGES = {"executor": "it runs tensors", "frontend": "it reads torch modules"}
 CLOCK = {
+    "builder.__main__": "names the clocks of its process",
     "executor.publish": "measures how long the publish store took",
     "engine.host": "the one place that names the system's clocks; everything else is handed them",
     "frontend.cli": "a command says how long it took",
