@@ -81,6 +81,20 @@ def test_one_run_that_holds_the_loop_too_long_sends_the_shape_back_for_longer_ea
     assert rests == [4, 8, 16, 32, 64, 128, 256, 256, 256, 256]
 
 
+def test_a_run_that_was_dealt_to_a_plan_on_trial_ends_the_spell() -> None:
+    gate = seen()
+    earn(gate)
+    gate.add_here("s", QUICK_NS, "p")
+    assert gate.admits("p", "s", True)
+    gate.add_here("s", QUICK_NS, "candidate")
+    for _ in range(4 + 1):
+        assert not gate.admits("p", "s", True)
+        earn(gate, "candidate")  # says nothing of the published plan
+        assert not gate.admits("p", "s", True)
+        earn(gate)
+    assert gate.admits("p", "s", True)
+
+
 def test_a_good_spell_on_the_loop_makes_the_next_rest_short_again() -> None:
     gate = seen()
     earn(gate)

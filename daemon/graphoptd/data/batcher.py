@@ -254,7 +254,7 @@ class Batcher:
             return
         done_ns = perf_counter_ns()
         infer_ns = done_ns - started_ns
-        gate.add_here(shape, infer_ns)
+        gate.add_here(shape, infer_ns, result.plan_id)
         self._statistics.add_execution(work.rows, 0, infer_ns, 0)
         # As generous as the alarm of those that run elsewhere.
         if done_ns - work.arrived_ns > (deadline_s + _TICK_S) * 1e9:

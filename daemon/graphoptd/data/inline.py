@@ -5,10 +5,13 @@ kernel and in passing the GIL. A run that takes less than a few times that is ch
 event loop; a longer one would hold up everybody else. So a run has to earn it:
 
     unknown -one window of runs on executor threads, all quick-> inline
-    inline -one run holds the loop too long, or the usual run is no longer quick-> resting
+    inline -one run holds the loop too long or was another plan's, or the usual run is no longer
+            quick-> resting
     resting -a number of windows on executor threads, twice as many each time-> as unknown
 
-Each shape of the inputs has its own record, and a new plan starts with none. On an executor thread a
+Each shape of the inputs has its own record, and a new plan starts with none. While a plan is on
+trial, some requests are dealt to it unseen; the first of them that comes up here ends the spell, so a
+plan on trial runs on executor threads but for one request now and then. On an executor thread a
 run's wall time includes waiting for the GIL, which it would not do on the loop, and its CPU time
 leaves out what other threads or devices do for it. The window's median CPU time or its least wall
 time, whichever is longer, is the estimate of what it would take on the loop; once it runs there, wall
@@ -77,17 +80,17 @@ class _Record:
         times_ns = self._times_ns
         times_ns.append(wall_ns)
         if wall_ns > HELD_NS_MAX:
-            self._retire()
+            self.retire()
         elif len(times_ns) >= WINDOW_RUNS:
             self.usual_ns = median(times_ns)
             self._begin_window()
             self._served += 1
             if self.usual_ns > ALONE_NS_MAX:
-                self._retire()
+                self.retire()
             elif self._served >= self._next_rest:
                 self._next_rest = _REST_WINDOWS_MIN
 
-    def _retire(self) -> None:
+    def retire(self) -> None:
         self.usual_ns = inf
         self._rest = self._next_rest
         self._next_rest = min(2 * self._next_rest, _REST_WINDOWS_MAX)
@@ -134,6 +137,16 @@ class InlineGate:
             record = self._records[shape] = _Record()
         record.add_elsewhere(cpu_ns, wall_ns)
 
-    def add_here(self, shape: Hashable, wall_ns: int) -> None:
-        """A run that `admits` let through held the loop so long, whether it failed or not."""
-        self._records[shape].add_here(wall_ns)
+    def add_here(self, shape: Hashable, wall_ns: int, plan_id: str | None = None) -> None:
+        """A run that `admits` let through held the loop so long.
+
+        Args:
+            shape: as `admits` had it.
+            wall_ns: from start to end.
+            plan_id: what ran; None when it failed and does not say.
+        """
+        record = self._records[shape]
+        if plan_id is None or plan_id == self._plan_id:
+            record.add_here(wall_ns)
+        else:
+            record.retire()
