@@ -1,0 +1,199 @@
+"""How a loaded artifact is called: reads in and exits out without copies, by any number of threads.
+
+A *slot* is one run in flight: an infer request, a binding. Slots are taken from a pool and put
+back, so there are as many as calls were ever made at once. Memory is bound by address: a tensor
+that lies where the last one lay is not bound again, and a slot keeps nothing alive. What is small
+is copied instead, which costs less than a binding.
+
+Deliberately absent: runtimes; each brings its own slot.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from graphopt.constants import TORCH_DTYPES
+from graphopt.dims import evaluate
+from graphopt.errors import RequestError
+from graphopt.executor.backends.artifact import Sheet
+from graphopt.executor.backends.translate import Guard
+from graphopt.types import TensorType
+
+# A copy of 16 KiB takes a microsecond, a binding two or three.
+STAGED_BYTES_MAX = 16 << 10
+SHAPES_KEPT = 256  # of exits by symbol values: one small tuple each
+
+
+class Slot(Protocol):
+    """One run in flight. The memory behind an address lives until `run` has returned."""
+
+    def bind_read(self, index: int, address: int, shape: tuple[int, ...]) -> None:
+        """Read `index`, and after the reads the scalars, lies at `address`."""
+
+    def bind_exit(self, index: int, address: int, shape: tuple[int, ...]) -> None:
+        """Exit `index` is to be written to `address`."""
+
+    def run(self) -> None:
+        """Computes the exits from the reads."""
+
+
+class _Lane:
+    """A slot with what is bound to it."""
+
+    __slots__ = ("bound_exits", "bound_reads", "slot", "staged_exits", "staged_reads")
+
+    def __init__(self, slot: Slot, n_reads: int, n_exits: int) -> None:
+        self.slot = slot
+        self.bound_reads: list[Any] = [None] * n_reads
+        self.bound_exits: list[Any] = [None] * n_exits
+        self.staged_reads: list[torch.Tensor | None] = [None] * n_reads
+        self.staged_exits: list[torch.Tensor | None] = [None] * n_exits
+
+
+class Calls:
+    """The function of a loaded artifact.
+
+    Args:
+        sheet: how it is called.
+        new_slot: makes a slot; called where all are in use.
+        guards: bounds that integer reads must keep; a RequestError names the read that does not.
+    """
+
+    def __init__(self, sheet: Sheet, new_slot: Callable[[], Slot], guards: Sequence[Guard]) -> None:
+        self._new_slot = new_slot
+        self._guards = _merged(guards)
+        self._scalars = sheet.scalars
+        self._n_reads = len(sheet.reads)
+        self._n_symbols = sheet.n_symbols
+        self._reads = [_plain(type_) for type_ in sheet.read_types()]
+        self._read_dtypes = [type_.dtype for type_ in sheet.read_types()]
+        self._exit_types = sheet.exit_types()
+        self._dtypes = [TORCH_DTYPES[type_.dtype] for type_ in self._exit_types]
+        fixed = [_plain(type_) for type_ in self._exit_types]
+        self._fixed = [shape for shape in fixed if shape is not None]
+        self._is_fixed = len(self._fixed) == len(fixed)
+        self._shapes: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+        self._stage_read = [
+            shape is not None and _n_bytes(shape, type_.dtype) <= STAGED_BYTES_MAX
+            for shape, type_ in zip(self._reads, sheet.read_types(), strict=True)
+        ]
+        self._stage_exit = [
+            shape is not None and _n_bytes(shape, type_.dtype) <= STAGED_BYTES_MAX
+            for shape, type_ in zip(fixed, self._exit_types, strict=True)
+        ]
+        self._pool: list[_Lane] = []
+
+    def __call__(self, *args: Any) -> Any:
+        """See `Loaded.function`."""
+        n_reads = self._n_reads
+        for index, low, high in self._guards:
+            _check(index, args[index], low, high)
+        shapes = self._fixed if self._is_fixed else self._shapes_for(args[n_reads:])
+        try:
+            lane = self._pool.pop()  # atomic; two threads never get the same
+        except IndexError:
+            lane = self._new_lane()
+        held = self._bind_reads(lane, args)
+        outs: list[Any] = []
+        for index, shape in enumerate(shapes):
+            if self._stage_exit[index]:
+                outs.append(None)
+                continue
+            out = torch.empty(shape, dtype=self._dtypes[index])
+            key = (out.data_ptr(), shape)
+            if lane.bound_exits[index] != key:
+                lane.slot.bind_exit(index, *key)
+                lane.bound_exits[index] = key
+            outs.append(out)
+        lane.slot.run()
+        for index, staged in enumerate(lane.staged_exits):
+            if staged is not None:
+                outs[index] = staged.clone()
+        del held
+        self._pool.append(lane)  # after a failure it is not: its state is unknown
+        return outs[0] if len(outs) == 1 else tuple(outs)
+
+    def _bind_reads(self, lane: _Lane, args: Sequence[Any]) -> list[Any]:
+        """Binds reads and scalars; what is returned must live until the run is over."""
+        held: list[Any] = []
+        bound, stage = lane.bound_reads, lane.staged_reads
+        for index in range(self._n_reads):
+            tensor = args[index]
+            staged = stage[index]
+            if staged is not None:
+                staged.copy_(tensor)
+                continue
+            if not tensor.is_contiguous():
+                tensor = tensor.contiguous()
+                held.append(tensor)
+            key = (tensor.data_ptr(), tuple(tensor.shape))
+            if bound[index] != key:
+                lane.slot.bind_read(index, *key)
+                bound[index] = key
+        for offset, position in enumerate(self._scalars):
+            value = torch.tensor([args[self._n_reads + position]])
+            held.append(value)
+            index = self._n_reads + offset
+            key = (value.data_ptr(), (1,))
+            if bound[index] != key:
+                lane.slot.bind_read(index, *key)
+                bound[index] = key
+        return held
+
+    def _shapes_for(self, symbols: tuple[int, ...]) -> list[tuple[int, ...]]:
+        found = self._shapes.get(symbols)
+        if found is None:
+            values = {f"s{i}": size for i, size in enumerate(symbols)}
+            found = [
+                tuple(evaluate(dim, values) for dim in type_.shape) for type_ in self._exit_types
+            ]
+            if len(self._shapes) >= SHAPES_KEPT:
+                self._shapes.clear()
+            self._shapes[symbols] = found
+        return found
+
+    def _new_lane(self) -> _Lane:
+        lane = _Lane(self._new_slot(), self._n_reads + len(self._scalars), len(self._exit_types))
+        for index, shape in enumerate(self._reads):
+            if self._stage_read[index] and shape is not None:
+                dtype = TORCH_DTYPES[self._read_dtypes[index]]
+                staged = lane.staged_reads[index] = torch.empty(shape, dtype=dtype)
+                lane.slot.bind_read(index, staged.data_ptr(), shape)
+        for index, is_staged in enumerate(self._stage_exit):
+            if is_staged:
+                staged = torch.empty(self._fixed[index], dtype=self._dtypes[index])
+                lane.staged_exits[index] = staged
+                lane.slot.bind_exit(index, staged.data_ptr(), self._fixed[index])
+        return lane
+
+
+def _plain(type_: TensorType) -> tuple[int, ...] | None:
+    shape = tuple(dim for dim in type_.shape if isinstance(dim, int))
+    return shape if len(shape) == type_.rank else None
+
+
+def _n_bytes(shape: tuple[int, ...], dtype: str) -> int:
+    n_bytes = TORCH_DTYPES[dtype].itemsize
+    for size in shape:
+        n_bytes *= size
+    return n_bytes
+
+
+def _merged(guards: Sequence[Guard]) -> tuple[tuple[int, int, int], ...]:
+    """One pair of bounds a read: the narrower of each."""
+    bounds: dict[int, tuple[int, int]] = {}
+    for guard in guards:
+        low, high = bounds.get(guard.read, (guard.low, guard.high))
+        bounds[guard.read] = max(low, guard.low), min(high, guard.high)
+    return tuple((read, low, high) for read, (low, high) in bounds.items())
+
+
+def _check(index: int, tensor: torch.Tensor, low: int, high: int) -> None:
+    least, most = (int(value) for value in torch.aminmax(tensor))
+    if least < low or most > high:
+        raise RequestError(
+            f"read {index} holds {least if least < low else most}, outside {low} to {high}",
+            where=f"read {index}",
+            remedy="an index must lie inside its table",
+        )
