@@ -19,13 +19,14 @@ test: .venv/.test  ## Run the tests (10 minutes)
 test-fast: .venv/.test  ## Run the tests that take seconds (1 minute)
 	$(V)/python -m pytest -q -m "not slow and not soak"
 
-test-system: .venv/.test  ## Run the tests that need root, systemd or namespaces
+test-system: .venv/.test  ## Run the tests that need root, systemd and namespaces (3 minutes)
 	$(V)/python -m pytest -q tests/system
 
 conformance: .venv/.conformance  ## Run real clients against the data plane, kserve among them
 	$(V)/python -m pytest -q tests/conformance
 
-soak: .venv/.test  ## Run the tests that take hours
+# Less or more of them: GRAPHOPT_NAS_DELTAS, GRAPHOPT_SOAK_RUNS, GRAPHOPT_SOAK_KILLS, GRAPHOPT_SOAK_IMAGES.
+soak: .venv/.test  ## Run the tests that take an hour and more
 	$(V)/python -m pytest -q -m soak --timeout=86400
 
 bench: .venv/.test  ## Measure, with peers in the same run; tables and benchmarks/results/*.json

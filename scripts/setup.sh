@@ -26,7 +26,7 @@ find_python() {
     done
 }
 has_gpu() { [ -e /dev/nvidia0 ] || nvidia-smi -L >/dev/null 2>&1; }
-has_torch() { "$1" -c 'import sys, torch; sys.exit(not torch.__version__.startswith("2.13."))' 2>/dev/null; }
+has_torch() { "$1" -c 'import importlib.metadata as m; exit(not m.version("torch").startswith("2.13."))' 2>/dev/null; }
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@" $pip_args; }
 
 clear_venv() { # nothing but what a virtual environment left: VENV may be a mistake, as /usr/local is
@@ -55,7 +55,7 @@ make_venv() {
 
 show_torch() { # an environment made from another one does not see what is installed in that one
     if has_torch "$venv/bin/python" || ! has_torch "$1"; then return; fi
-    "$1" -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])' >"$venv/torch"
+    "$1" -c 'import importlib.util as u, pathlib as p; print(p.Path(u.find_spec("torch").origin).parents[1])' >"$venv/torch"
     mv "$venv/torch" "$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch-of-system.pth"
 }
 
@@ -65,7 +65,6 @@ choose_torch() { # sets `wanted`; may turn auto into system before the environme
         cuda | system) return ;;
         auto) if has_gpu || [ "$(uname -sm)" != "Linux x86_64" ]; then return; fi ;;
         cpu) if [ "$(uname -sm)" != "Linux x86_64" ]; then return; fi ;; # elsewhere the default is one
-        *) fail "TORCH=$torch is none of auto, cpu, cuda, system" ;;
     esac
     has_torch "$venv/bin/python" && return
     # Asking by its full version is the only way to tell pip which build is meant.
@@ -84,6 +83,7 @@ choose_torch() { # sets `wanted`; may turn auto into system before the environme
     fi
 }
 
+case $torch in auto | cpu | cuda | system) ;; *) fail "TORCH=$torch is none of auto, cpu, cuda, system" ;; esac
 is_made() { [ -e "$venv/pyvenv.cfg" ] && "$venv/bin/python" -m pip --version >/dev/null 2>&1; }
 is_made || { clear_venv; make_venv; }
 choose_torch

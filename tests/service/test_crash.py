@@ -1,5 +1,9 @@
-"""Law 7: what was acknowledged is there after any crash, whole, and at most the one in flight more."""
+"""Law 7: what was acknowledged is there after any crash, whole, and at most the one in flight more.
 
+GRAPHOPT_SOAK_KILLS sets the number of a soak.
+"""
+
+import os
 import random
 import signal
 import threading
@@ -11,6 +15,7 @@ from graphoptd.ctl.client import Exit, Refused
 from service.harness import Daemon, Zygote, apply, running
 
 KILLS = 100
+SOAK_KILLS = int(os.environ.get("GRAPHOPT_SOAK_KILLS", "5000"))
 DELTAS_MAX = 12  # acknowledged in one life
 LATE_MAX_S = 0.004  # and then the kill, up to so long after: a delta takes about that
 SEED = 20
@@ -51,12 +56,13 @@ def check(daemon: Daemon, stream: Stream) -> None:
     stream.settled += made - stream.acknowledged
 
 
-def test_a_hundred_kills_in_a_stream_of_deltas_lose_nothing_and_halve_nothing(
-    folder: Path, model_argv: list[str], zygote: Zygote
+def kill_in_a_stream(
+    kills: int, seed: int, folder: Path, model_argv: list[str], zygote: Zygote
 ) -> None:
-    chance = random.Random(SEED)
+    """Start it, check what it recovered, send deltas, kill it; `kills` times over one state."""
+    chance = random.Random(seed)
     stream = Stream()
-    for _ in range(KILLS):
+    for _ in range(kills):
         with running(folder, model_argv, zygote) as daemon:
             check(daemon.until("READY=1"), stream)
             # The moment of death is the fault that is injected; nothing waits for it.
@@ -64,10 +70,23 @@ def test_a_hundred_kills_in_a_stream_of_deltas_lose_nothing_and_halve_nothing(
             stream.run(daemon, chance.randint(0, DELTAS_MAX), killer)
             killer.join()
             assert daemon.wait() == -signal.SIGKILL
-    assert stream.acknowledged >= KILLS * DELTAS_MAX // 4
+    assert stream.acknowledged >= kills * DELTAS_MAX // 4
     assert stream.settled > 0  # some were durable and never answered: the case that matters
     with running(folder, model_argv, zygote) as daemon:
         check(daemon.until("READY=1"), stream)
+
+
+def test_a_hundred_kills_in_a_stream_of_deltas_lose_nothing_and_halve_nothing(
+    folder: Path, model_argv: list[str], zygote: Zygote
+) -> None:
+    kill_in_a_stream(KILLS, SEED, folder, model_argv, zygote)
+
+
+@pytest.mark.soak
+def test_thousands_of_kills_in_a_stream_of_deltas_lose_nothing_and_halve_nothing(
+    folder: Path, model_argv: list[str], zygote: Zygote
+) -> None:
+    kill_in_a_stream(SOAK_KILLS, SEED + 2, folder, model_argv, zygote)
 
 
 def test_kills_while_the_journal_is_recovered_lose_nothing(

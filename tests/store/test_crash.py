@@ -1,4 +1,7 @@
-"""Killed processes, failing and full disks: acked rows are there; others wholly or not at all."""
+"""Killed processes, failing and full disks: acked rows are there; others wholly or not at all.
+
+GRAPHOPT_SOAK_KILLS and GRAPHOPT_SOAK_IMAGES set the numbers of a soak.
+"""
 
 import json
 import os
@@ -7,11 +10,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from graphopt.limits import DELTA_IDS_KEPT_MAX
 from graphopt.store import LOAD, Entry, StateFolder
 
 from .conftest import memory_folder
 
 KILLS = 40
+IMAGES = 500  # of the disk after a power loss
+SOAK_KILLS = int(os.environ.get("GRAPHOPT_SOAK_KILLS", "5000"))
+SOAK_IMAGES = int(os.environ.get("GRAPHOPT_SOAK_IMAGES", "50000"))
 
 WRITER = """
 import itertools, json, sys
@@ -102,15 +111,24 @@ def test_a_write_error_at_any_place_loses_nothing_that_was_acked() -> None:
     assert set(found["endings"]) <= {"closed", "failed", "failed to open"}
 
 
-def test_a_power_loss_at_any_moment_loses_no_acked_row() -> None:
+def lose_power(images: int) -> None:
     """Unsynced writes arrive by sectors in any choice, unsynced names in order but not all."""
     seed = random.randrange(2**32)
-    found = sweep("power-loss", "500", str(seed))
-    assert found["images"] == 500
+    found = sweep("power-loss", str(images), str(seed))
+    assert found["images"] == images
     assert len(found["acked"]) > 10
 
 
-def test_sigkill_at_random_moments_loses_no_acked_row() -> None:
+def test_a_power_loss_at_any_moment_loses_no_acked_row() -> None:
+    lose_power(IMAGES)
+
+
+@pytest.mark.soak
+def test_power_losses_by_the_ten_thousand_lose_no_acked_row() -> None:
+    lose_power(SOAK_IMAGES)
+
+
+def kill_again_and_again(kills: int) -> None:
     seed = random.randrange(2**32)
     print("seed", seed)
     rng = random.Random(seed)
@@ -118,9 +136,18 @@ def test_sigkill_at_random_moments_loses_no_acked_row() -> None:
     with memory_folder() as path:
         with StateFolder.open(path, wall_ns=lambda: 0) as folder:
             folder.journal.append([Entry(LOAD, "m", 0, "{}", (folder.blobs.put(b"base"),))])
-        for _ in range(KILLS):
+        for _ in range(kills):
             acked = max(acked, run_and_kill(path, rng.randrange(1, 60)))
             acked = last_revision(path, acked)
+
+
+def test_sigkill_at_random_moments_loses_no_acked_row() -> None:
+    kill_again_and_again(KILLS)
+
+
+@pytest.mark.soak
+def test_thousands_of_sigkills_lose_no_acked_row() -> None:
+    kill_again_and_again(SOAK_KILLS)
 
 
 def last_revision(path: Path, acked: int) -> int:
@@ -134,7 +161,7 @@ def last_revision(path: Path, acked: int) -> int:
         for row in (lineage.base, *lineage.increments):
             for digest in row.blobs:
                 folder.blobs.verify(digest)
-        for revision in range(1, last + 1):
+        for revision in range(max(1, last + 1 - DELTA_IDS_KEPT_MAX), last + 1):
             assert folder.journal.find_delta("m", f"id-{revision}"), f"id of {revision} is lost"
     return last
 

@@ -6,7 +6,6 @@ from graphoptd.ctl.client import Exit
 from system.installed import (
     BUNDLE,
     CONFIG,
-    DATA,
     OPERATOR,
     OUTSIDER,
     PLAIN,
