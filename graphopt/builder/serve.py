@@ -1,14 +1,16 @@
 """The builder's loop: takes lines in, keeps a bounded queue, works on one job at a time.
 
-Three threads: one reads lines, so that the pipe's end is noticed at any moment; one says once a
-second that a job is at work; the first one works. State messages are taken in before the next job, in
-the order they came. A queued job whose model has moved on is done for the newer revision when its
-region is the same there, and cancelled when it is not.
+Three threads: one takes lines in while a job is at work, so that a delta cancels what it makes useless
+at once and the pipe's end is noticed at any moment; one says once a second that a job is at work; the
+first one works. A job at work keeps the revision it began with, an immutable value. A queued job whose
+model moves on is done for the newer revision when its region is the same there, and cancelled when
+it is not.
 """
 
 import json
 import os
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -47,9 +49,8 @@ class Server:
         self._commands, self._answers = commands, answers
         self._workshop = workshop
         self._models = ModelTable()
-        self._inbox: deque[Message] = deque()
         self._queue: deque[_Job] = deque()
-        self._wake = threading.Condition()  # inbox
+        self._wake = threading.Condition()  # guards queue and models
         self._writing = threading.Lock()
         self._beating = threading.Condition()
         self._at_work: tuple[int, str] | None = None  # job and stage
@@ -72,13 +73,9 @@ class Server:
         self.say({"say": "ready", "torch": torch.__version__})
         while True:
             with self._wake:
-                self._wake.wait_for(lambda: self._inbox or self._queue)
-                messages = list(self._inbox)
-                self._inbox.clear()
-            for message in messages:
-                self._takers[message["op"]](message)
-            if self._queue:
-                self._work(self._next())
+                self._wake.wait_for(lambda: self._queue)
+                job = self._next()
+            self._work(job)
 
     def say(self, message: Message) -> None:
         """Writes one line to the engine."""
@@ -90,13 +87,18 @@ class Server:
     # -- taking in
 
     def _read(self) -> None:
+        torch.set_num_threads(1)
         rest = b""
-        while chunk := os.read(self._commands, _CHUNK_BYTES):
-            *lines, rest = (rest + chunk).split(b"\n")
-            messages = [json.loads(line) for line in lines]
-            with self._wake:
-                self._inbox.extend(messages)
-                self._wake.notify()
+        try:
+            while chunk := os.read(self._commands, _CHUNK_BYTES):
+                *lines, rest = (rest + chunk).split(b"\n")
+                for message in map(json.loads, lines):
+                    with self._wake:
+                        self._takers[message["op"]](message)
+                        self._wake.notify()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)  # deaf: the engine is to start another one
         os._exit(0)  # the engine is gone; a job may be deep in native code
 
     def _take_state(self, message: Message) -> None:

@@ -110,9 +110,9 @@ class Pending:
     started: Mapping[str, Any] = field(default_factory=dict)  # region, weights, version
 
     def clear_folder(self) -> None:
-        """Removes what a builder wrote for it."""
+        """Removes what a builder wrote for it. Only for one that had begun: it found the folder empty."""
         folder = self.message.get("folder")
-        if self.is_sent and folder is not None:
+        if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -163,14 +163,14 @@ class JobQueue:
             return [self._pending[id] for id in ids if id in self._pending]
 
     def resolve(self, pending: Pending, answer: Answer, proposal: Any = None) -> None:
-        """Answers a job once; artifacts that nobody will take are removed."""
+        """Answers a job once; an artifact that nobody will take is removed."""
         with self._lock:
             self._pending.pop(pending.id, None)
         future = pending.future
-        is_taken = False
+        is_taken = not answer.ok  # then the builder has left nothing
         with suppress(InvalidStateError):
             if future.set_running_or_notify_cancel():
-                is_taken = answer.ok
+                is_taken = True
                 if pending.message["op"] != "propose":
                     future.set_result(answer)
                 elif answer.ok:

@@ -104,6 +104,7 @@ class BuilderLink:
         self._process: BuilderProcess | None = None
         self._watch: BuilderWatch | None = None
         self._is_ready = False
+        self._working: int | None = None  # the job at work, and what is pending of it
         self._at_work: Pending | None = None
         self._starts = self._failures = 0
         self._spawned_s = self._not_before_s = self._idle_since_s = 0.0
@@ -281,9 +282,11 @@ class BuilderLink:
         self._starts += 1
         self._process = BuilderProcess(self.settings.backends, self.settings.path)
         self._spawned_s = self._idle_since_s = self._clock()
-        self._is_ready, self._at_work = False, None
+        self._is_ready, self._working, self._at_work = False, None, None
         self._watch = BuilderWatch(self._process.pid, self._clock, self.settings, self._events)
         self._state.restart()
+        with self._lock:
+            self._status = replace(self._status, rss_bytes=None)
         assert self._quarantine is not None
         keys = self._quarantine.reasons()
         if keys:
@@ -305,7 +308,7 @@ class BuilderLink:
                 for pending in waiting:
                     if pending.model == model and not pending.is_sent:
                         self._jobs.resolve(pending, Answer(False, UNKNOWN, str(error)))
-        room = AHEAD_MAX - sum(pending.is_sent for pending in waiting)
+        room = 0 if self._is_large() else AHEAD_MAX - sum(pending.is_sent for pending in waiting)
         for pending in waiting:
             newest = self._state.revision(pending.model)
             if pending.is_sent or self._jobs.find(pending.id) is None:
@@ -356,7 +359,7 @@ class BuilderLink:
         self._events("builder.started", fields)
 
     def _take_start(self, line: Mapping[str, Any]) -> None:
-        self._at_work = self._jobs.find(line["job"])
+        self._working, self._at_work = line["job"], self._jobs.find(line["job"])
         if self._at_work is not None:
             self._at_work.started = line
         assert self._watch is not None
@@ -364,10 +367,11 @@ class BuilderLink:
 
     def _take_answer(self, line: Mapping[str, Any]) -> None:
         assert self._process is not None
-        self._failures = 0
         assert self._watch is not None
-        self._watch.begin()
-        self._at_work = None
+        self._failures = 0
+        if line["job"] == self._working:  # others are answered while they wait: `cancelled`
+            self._watch.begin()
+            self._working, self._at_work = None, None
         self._idle_since_s = self._clock()
         pending = self._jobs.find(line["job"])
         answer = answer_of(line["answer"])
@@ -382,13 +386,15 @@ class BuilderLink:
 
     # -- watching
 
+    def _is_large(self) -> bool:
+        return (self._status.rss_bytes or 0) > self.settings.private_bytes_max
+
     def _look(self) -> None:
         """Paces the builder and ends it when it hangs, has grown too large, or is not needed."""
         assert self._process is not None
         assert self._watch is not None
         waiting = self._jobs.waiting()
-        is_large = (self._status.rss_bytes or 0) > self.settings.private_bytes_max
-        if self._is_ready and is_large and not any(pending.is_sent for pending in waiting):
+        if self._is_ready and self._is_large() and not any(pending.is_sent for pending in waiting):
             self._end("memory")
         elif self._is_ready and not waiting:
             self._watch.pause()
@@ -408,6 +414,8 @@ class BuilderLink:
             return
         code = process.end()
         job, self._at_work = self._at_work, None
+        if job is not None:
+            job.clear_folder()
         number = -code if code < 0 else 0
         is_ours = why != "ended by itself"
         reason = why if is_ours else f"it ended with {_name(code)}"
@@ -421,7 +429,6 @@ class BuilderLink:
         }  # fmt: skip
         self._events("builder.exited", fields)
         for pending in self._jobs.waiting():
-            pending.clear_folder()
             pending.is_sent = False
         if why in ("idle", "memory", "closed"):
             return

@@ -1,6 +1,7 @@
 """A link to a real builder, and the graph it works on: three linears with a GELU between."""
 
 import os
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +16,7 @@ from graphopt.delta import Delta, PutConstant, apply_fully
 from graphopt.engine.builder_files import ScratchConstants
 from graphopt.engine.builder_link import BuilderLink, BuilderSettings, BuildJob
 from graphopt.executor.backend import Options
-from graphopt.graph import Graph, Ref, Symbol
+from graphopt.graph import Constant, Graph, Ref, Symbol
 from graphopt.types import TensorType
 from helpers.graphs import BATCH, Builder
 
@@ -42,14 +43,6 @@ def chain(size: int = SIZE) -> Graph:
     return Graph.build("chain", b.nodes, inputs, [("y", y)], b.constants, None, symbols)
 
 
-def put(graph: Graph, name: str, seed: int = 1) -> tuple[Graph, Delta]:
-    """The graph with another value of the constant `name`, and the primitives that lead there."""
-    shape = graph.constants[name].tensor.shape
-    value = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    applied = apply_fully(graph, Delta([PutConstant(name, value)]))
-    return applied.graph, applied.expansion
-
-
 class Events:
     """What the link said, and a way to wait for it."""
 
@@ -71,28 +64,57 @@ class Events:
         return [fields for event, fields in self.all if event == name]
 
 
+class Constants(ScratchConstants):
+    """Constants in scratch files; remembers what was asked for, and can lose a file once."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.asked: list[set[str]] = []
+        self.loses_next = False
+
+    def files(self, model: str, constants: Mapping[str, Constant]) -> list[Path]:
+        self.asked.append(set(constants))
+        found = super().files(model, constants)
+        if self.loses_next:
+            self.loses_next = False
+            return [path.with_name("compacted-away") for path in found]
+        return found
+
+
 class Bench:
-    """A link that follows `chain` as revision 1, and short ways to ask it for builds of a linear."""
+    """A link that follows `chain`, and short ways to ask it for builds of a linear."""
 
     def __init__(self, folder: Path, settings: BuilderSettings = SETTINGS) -> None:
         self.folder = folder
         self.events = Events()
-        scratch = ScratchConstants(folder / "scratch")
-        self.link = BuilderLink(folder / "builder", scratch, time.monotonic, settings, self.events)
-        self.graph = chain()
+        self.constants = Constants(folder / "scratch")
+        self.link = BuilderLink(
+            folder / "builder", self.constants, time.monotonic, settings, self.events
+        )
+        self.graph, self.revision = chain(), 1
         self.link.revise("chain", 1, self.graph)
-        self._count = 0
 
     def job(self, backend: str = "numpy", block: str = "a", **changes: Any) -> BuildJob:
-        self._count += 1
-        folder = self.folder / f"artifact-{self._count}"
-        return replace(BuildJob("chain", 1, (block,), backend, Options(), folder), **changes)
+        folder = self.folder / f"artifact-{secrets.token_hex(8)}"
+        return replace(
+            BuildJob("chain", self.revision, (block,), backend, Options(), folder), **changes
+        )
 
     def gated(self, block: str = "b", **changes: Any) -> "tuple[BuildJob, Gate]":
         job = self.job("gated", block, **changes)
-        path = self.folder / f"gate-{self._count}"
+        path = self.folder / f"gate-{secrets.token_hex(8)}"
         os.mkfifo(path)
         return replace(job, options=Options(extra=(("gate", str(path)),))), Gate(path)
+
+    def put(self, name: str, seed: int) -> str:
+        """The next revision, with another value of a constant, whose digest is returned."""
+        value = torch.randn(
+            self.graph.constants[name].tensor.shape, generator=torch.Generator().manual_seed(seed)
+        )
+        applied = apply_fully(self.graph, Delta([PutConstant(name, value)]))
+        self.graph, self.revision = applied.graph, self.revision + 1
+        self.link.revise("chain", self.revision, self.graph, applied.expansion)
+        return self.graph.constants[name].digest
 
     def do(self, job: BuildJob) -> Any:
         return self.link.build(job).result(ANSWER_S)
@@ -129,9 +151,9 @@ def make_bench(tmp_path: Path) -> Iterator[MakeBench]:
         bench.link.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    """One for tests that leave the builder as it was."""
-    made = Bench(tmp_path_factory.mktemp("bench"))
+    """One for tests that leave the builder alive."""
+    made = Bench(tmp_path_factory.mktemp("bench"), replace(SETTINGS, queue_max=12))
     yield made
     made.link.close()
