@@ -31,15 +31,15 @@ HELD_NS_MAX = 1_000_000
 # hand-overs are less than a third of the run, and the loop would answer nothing else meanwhile.
 ALONE_NS_MAX = 200_000
 # The same while other requests are under way, which may form a batch or run beside it. A batch shares
-# its hand-overs and its run, but joining and splitting it costs each member 10 to 20 us on the loop:
-# with eight connections a run of 10 us cost 111 us a request here and 118 in batches.
-AMONG_NS_MAX = 20_000
+# its hand-overs and its run, but joining and splitting it costs each member time on the loop: with
+# eight connections, runs of 10 to 20 us cost 100 us a request here and 129 in batches (medians of
+# interleaved rounds), so that a run of about 40 us has nothing to gain.
+AMONG_NS_MAX = 40_000
 
 WINDOW_RUNS = 16  # judged together: enough for a median that one disturbed run does not move
 _REST_WINDOWS_MIN = 4
-_REST_WINDOWS_MAX = (
-    256  # 4096 runs: then fewer than one run in four thousand holds the loop too long
-)
+# 4096 runs: then fewer than one run in four thousand holds the loop too long.
+_REST_WINDOWS_MAX = 256
 _SHAPES_MAX = 256  # records of one plan; a client that sends ever new shapes gains nothing by it
 
 
