@@ -28,6 +28,7 @@ NAMES = (
     "RaisesOnLoad", "Exits", "Wrong", "Greedy", "Telling",
 )  # fmt: skip
 BACKENDS = tuple(f"backends_under_test:{name}" for name in NAMES)
+BACKENDS += ("graphopt.executor.backends.openvino:OpenVinoBackend",)  # where it is not installed
 SETTINGS = BuilderSettings(backends=BACKENDS, path=(str(HERE),))
 SIZE = 6
 

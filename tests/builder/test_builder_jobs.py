@@ -94,6 +94,13 @@ def test_candidates_are_verified_on_real_requests_that_fit_their_shape(bench: Be
     assert _told(bench.do(bench.job(samples=()))) == (True, 1)
 
 
+def test_openvino_builds_a_whole_model_here(bench: Bench) -> None:
+    blocks = ("a", "a.gelu", "b", "b.gelu", "c")
+    answer = bench.do(bench.job("openvino", blocks=blocks))
+    assert (answer.ok, answer.reason) == (True, "")
+    assert answer.artifact_bytes > 0
+
+
 def test_constants_are_mapped_and_the_process_gives_way(bench: Bench) -> None:
     job = bench.job("telling")
     assert bench.do(job).ok

@@ -67,6 +67,11 @@ def told(tmp_path: Path) -> Told:
     return Told(tmp_path)
 
 
+@pytest.fixture(scope="module")
+def unedited(tmp_path_factory: pytest.TempPathFactory) -> Told:
+    return Told(tmp_path_factory.mktemp("told"))
+
+
 def sample_of(told: Told, at: Boundaries, block: str, file: Path) -> tuple[object, ...]:
     version = told.table.current("m")
     assert version is not None
@@ -102,7 +107,7 @@ def test_revisions_beyond_the_last_few_are_let_go_with_their_constants(told: Tol
 
 
 def test_a_text_whose_constants_are_gone_is_unknown_and_so_is_the_model_then(told: Told) -> None:
-    with pytest.raises(UnknownRevisionError, match="gone.safetensors"):
+    with pytest.raises(UnknownRevisionError, match="gone"):
         told.table.load("m", 2, str(told.folder / "graph.txt"), ["gone.safetensors"])
     assert told.table.current("m") is None
 
@@ -135,19 +140,15 @@ def test_an_edit_spares_what_lies_before_it_and_not_what_follows(told: Told) -> 
 @settings(max_examples=25, deadline=None)
 @given(order=st.lists(st.integers(0, 8), min_size=1, max_size=12), size=st.sampled_from([0, 3_000]))
 def test_cached_values_are_those_of_a_run_from_the_start(
-    tmp_path_factory: pytest.TempPathFactory, order: list[int], size: int
+    unedited: Told, order: list[int], size: int
 ) -> None:
-    told = _TOLD.setdefault("", Told(tmp_path_factory.mktemp("told")) if not _TOLD else None)
-    assert told is not None
+    told = unedited
     file = write_inputs(feeds_of(told.graph, SIZES), told.folder)
     blocks, at = blocks_of(told.graph), Boundaries(size or 1 << 20)
     for place in order:
         block = blocks[place % len(blocks)]
         fresh = sample_of(told, Boundaries(0), block, file)
         assert all(map(_equal, fresh, sample_of(told, at, block, file)))
-
-
-_TOLD: dict[str, Told | None] = {}
 
 
 def test_scratch_holds_each_content_once_and_lets_go_of_what_nobody_uses(tmp_path: Path) -> None:
@@ -159,6 +160,7 @@ def test_scratch_holds_each_content_once_and_lets_go_of_what_nobody_uses(tmp_pat
     assert scratch.files("m", every) == [first]
     assert all(tensor_digest(t) == digest for digest, t in read_tensors(first).items())
     other = {c.digest: c for c in transformer(1, hidden=10).constants.values()}
+    other = {digest: c for digest, c in other.items() if digest not in every}
     scratch.retain(every)
     with pytest.raises(LimitError, match="state folder"):
         scratch.files("m", other)
