@@ -84,9 +84,9 @@ def test_a_delta_of_an_operator_is_live_and_an_outsider_is_refused(service: Inst
     assert service.infer() == {"a": [0, 0], "b": [0, 0], "revision": 1}
     assert service.apply(1) == Exit.OK
     assert service.infer() == {"a": [1, 1], "b": [1, 1], "revision": 2}
-    # The socket's mode keeps bob out; alice may apply, and may not load.
+    # The socket's mode keeps bob out; alice may apply, and may not unload.
     assert service.apply(2, OUTSIDER, check=False) == Exit.DENIED
-    assert service.ctl("load", "x", "/", user=OPERATOR, check=False).returncode == Exit.DENIED
+    assert service.ctl("unload", "pair", user=OPERATOR, check=False).returncode == Exit.DENIED
     assert service.infer()["revision"] == 2
 
 
@@ -147,15 +147,13 @@ def test_reload_waits_for_the_verdict_and_a_refused_file_changes_nothing(
 
 
 def test_a_bad_first_configuration_is_not_retried_until_it_is_mended(service: Installed) -> None:
-    service.configure(PLAIN + "log: {level: loud}\n")
+    service.configure(PLAIN + "log: {level: deafening}\n")
     assert service.manager.systemctl("restart", SERVICE, check=False).returncode != 0
     assert verdict(service) == ["failed", "78", "0"]
     # A waiting client starts it again, five times; then systemd gives the socket up.
     assert not is_let_in(service)
     assert service.manager.show("graphoptd-data.socket", "Result") == ["trigger-limit-hit"]
-    tries = [
-        each for each in service.lines() if CONFIG in each["MESSAGE"] and "loud" in each["MESSAGE"]
-    ]
+    tries = [each for each in service.lines() if "deafening" in each["MESSAGE"]]
     assert len(tries) == 1 + 5
     service.configure(PLAIN)
     service.manager.systemctl("start", SERVICE)
