@@ -16,6 +16,7 @@ import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -48,6 +49,9 @@ class OpenVinoBackend:
             "reduce_max", "reduce_min", "neg", "abs", "floordiv", "mod",
         }
     )  # fmt: skip
+
+    absent: ClassVar[frozenset[str]] = frozenset()
+    flat_linear: ClassVar[bool] = False
 
     def version(self) -> str:
         """See `Backend`."""
@@ -103,12 +107,11 @@ class OpenVinoBackend:
     @cached_property
     def _library(self) -> Any:
         try:
-            import openvino
+            return import_module("openvino")
         except (ImportError, OSError) as error:
             raise BackendMissingError(
                 f"OpenVINO does not load: {error}", remedy="pip install openvino"
             ) from error
-        return openvino
 
     @cached_property
     def _core(self) -> Any:
@@ -160,13 +163,15 @@ class _Request:
     __slots__ = ("_exits", "_library", "_reads", "_request", "_run")
 
     def __init__(self, library: Any, compiled: Any, reads: list[str], exits: list[str]) -> None:
-        from openvino._pyopenvino import InferRequest  # without the copies of the public one
+        request = import_module(
+            "openvino._pyopenvino"
+        ).InferRequest  # without the public one's copies
 
         self._library = library
         self._request = compiled.create_infer_request()
         self._reads = [np.dtype(_NUMPY[dtype]) for dtype in reads]
         self._exits = [np.dtype(_NUMPY[dtype]) for dtype in exits]
-        self._run = InferRequest.infer
+        self._run = request.infer
 
     def bind_read(self, index: int, address: int, shape: tuple[int, ...]) -> None:
         self._request.set_input_tensor(index, self._wrap(address, shape, self._reads[index]))

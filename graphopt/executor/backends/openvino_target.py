@@ -7,6 +7,7 @@ The library is imported when a target is made. Deliberately absent: what runs th
 """
 
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -50,11 +51,8 @@ class OpenVinoTarget:
     """
 
     def __init__(self, *, attention_in_parts: bool = False) -> None:
-        import openvino
-        from openvino import opset15
-
-        self._library: Any = openvino
-        self._ops: Any = opset15
+        self._library: Any = import_module("openvino")
+        self._ops: Any = import_module("openvino.opset15")
         self._attention_in_parts = attention_in_parts
         self.parameters: list[Node] = []
         self.kept: list[torch.Tensor] = []  # their memory is the model's

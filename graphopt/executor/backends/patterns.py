@@ -9,6 +9,7 @@ from typing import Any
 
 from graphopt.analysis.facts import Facts
 from graphopt.analysis.regions import Region
+from graphopt.dims import Dim
 from graphopt.executor.fused_epilogues import match_gelu_new
 from graphopt.graph import Const, Node, Ref
 from graphopt.types import TensorType
@@ -86,7 +87,9 @@ def _rms_norm(near: Neighbours, square: Node) -> Pattern | None:
     mean = near.only_user(Ref(square.id))
     if mean is None or mean.op != "aten.mean.dim" or not _is_f32(near, x):
         return None
-    rank = _rank(near, x)
+    rank = len(_shape(near, x))
+    if not rank or not isinstance(_shape(near, x)[-1], int):
+        return None
     bound = mean.bound()
     if (
         bound["dim"] not in ((-1,), (rank - 1,))
@@ -130,6 +133,6 @@ def _is_f32(near: Neighbours, ref: Ref) -> bool:
     return isinstance(type_, TensorType) and type_.dtype == "f32"
 
 
-def _rank(near: Neighbours, ref: Ref) -> int:
+def _shape(near: Neighbours, ref: Ref) -> tuple[Dim, ...]:
     type_ = near.facts.type_of(ref)
-    return type_.rank if isinstance(type_, TensorType) else 0
+    return type_.shape if isinstance(type_, TensorType) else ()

@@ -23,7 +23,7 @@ def _linear(t: Tape, a: Args, out: TensorType) -> Value:
     x, weight, bias = a["input"], a["weight"], a["bias"]
     if weight.rank != 2 or x.rank < 1:
         raise DeclinedError("a linear whose weight is no matrix")
-    return t.call("linear", [x, weight, bias], out.dtype, out.shape, transposed=False)
+    return t.linear(x, weight, bias, out.shape, transposed=False)
 
 
 @rule("addmm.default")
@@ -31,7 +31,7 @@ def _addmm(t: Tape, a: Args, out: TensorType) -> Value:
     bias, left, right = a["self"], a["mat1"], a["mat2"]
     alpha, beta = number(a["alpha"], "alpha"), number(a["beta"], "beta")
     if alpha == 1 and beta == 1 and bias.shape == (right.shape[1],) and right.data is not None:
-        return t.call("linear", [left, right, bias], out.dtype, out.shape, transposed=True)
+        return t.linear(left, right, bias, out.shape, transposed=True)
     if beta == 0:
         raise DeclinedError("a bias that does not count, not even where it is nan")
     return t.add(t.scaled(t.matmul(left, right), alpha), t.scaled(bias, beta))
@@ -53,7 +53,7 @@ def _matmul(t: Tape, a: Args, out: TensorType) -> Value:
     if left.rank == 0 or right.rank == 0:
         raise DeclinedError("a product of numbers")
     if right.rank == 2 and right.data is not None and left.rank >= 2:
-        return t.call("linear", [left, right, None], out.dtype, out.shape, transposed=True)
+        return t.linear(left, right, None, out.shape, transposed=True)
     rows = t.reshape(left, (1, *left.shape)) if left.rank == 1 else left
     columns = t.reshape(right, (*right.shape, 1)) if right.rank == 1 else right
     return t.reshape(t.matmul(rows, columns), out.shape)
@@ -152,7 +152,8 @@ def _rms_norm(t: Tape, a: Args, out: TensorType) -> Value:
     if len(a["normalized_shape"]) != 1:
         raise DeclinedError("a norm over several dims")
     eps = torch.finfo(torch.float32).eps if a["eps"] is None else number(a["eps"], "eps")
-    return t.call("rms_norm", [x, a["weight"]], "f32", x.shape, eps=eps)
+    (size,) = fixed(x.shape[-1:], "the width")
+    return t.call("rms_norm", [x, a["weight"]], "f32", x.shape, eps=eps, size=size)
 
 
 @rule("group_norm.default")

@@ -102,6 +102,8 @@ class Tape:
     ) -> Value:
         """One call of the target; DeclinedError when the runtime has no exact kernel for it."""
         known = self.capabilities
+        if kind in known.absent:
+            raise DeclinedError(f"no exact kernel for {kind}")
         for value in operands:
             if value is None:
                 continue
@@ -304,6 +306,17 @@ class Tape:
         batch = broadcast_or_decline(a.shape[:-2], b.shape[:-2])
         shape = (*batch, a.shape[-2], columns)
         return self.call("matmul", [a, b], a.dtype, shape, transpose_b=transpose_b)
+
+    def linear(
+        self, x: Value, weight: Value, bias: Value | None, shape: Shape, **how: bool
+    ) -> Value:
+        """A product with a matrix, `transposed` where it is [in, out], and its bias."""
+        if not self.capabilities.flat_linear or x.rank == 2:
+            return self.call("linear", [x, weight, bias], x.dtype, shape, **how)
+        rows = elements(x.shape[:-1])
+        flat = self.reshape(x, (rows, x.shape[-1]))
+        out = self.call("linear", [flat, weight, bias], x.dtype, (rows, shape[-1]), **how)
+        return self.reshape(out, shape)
 
     def _unexpanded(self, shape: Shape, *values: Value) -> tuple[Value, ...]:
         """The operands before they were expanded, where they still broadcast to `shape`."""

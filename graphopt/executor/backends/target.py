@@ -46,7 +46,7 @@ NAMED = frozenset(
         "cumsum",  # axis
         "elu",  # alpha
         "expand",  # x, shape vector
-        "flip",  # axis, rank
+        "flip",  # axis
         "gather",  # x, index; axis
         "gather_elements",  # x, index; axis
         "gather_nd",  # x, indices
@@ -61,7 +61,7 @@ NAMED = frozenset(
         "pad",  # x, fill or none; begin, end, mode
         "prelu",
         "reshape",  # x, shape vector; a 0 keeps the dim, one -1 is inferred
-        "rms_norm",  # x, weight or none; eps
+        "rms_norm",  # x, weight or none; eps, size
         "selu",
         "shape_of",  # yields an i64 vector
         "slice",  # x, starts, stops; axis, step
@@ -121,6 +121,8 @@ class Capabilities(Protocol):
 
     dtypes: ClassVar[frozenset[str]]  # of any value
     integers: ClassVar[frozenset[str]]  # kinds that may be given integers
+    absent: ClassVar[frozenset[str]]  # kinds without an exact kernel
+    flat_linear: ClassVar[bool]  # a linear takes a matrix only
 
 
 class Rehearsal:

@@ -236,6 +236,8 @@ class _Walk:
         if pattern.kind == "rms_norm" and len(operands) == 1:
             operands.append(None)
         attributes = dict(pattern.attributes)
+        if pattern.kind == "rms_norm":
+            attributes["size"] = out.shape[-1]
         return self._checked(
             self.tape.call(pattern.kind, operands, out.dtype, out.shape, **attributes), out
         )
