@@ -46,16 +46,23 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 def report(name: str, rows: Sequence[Mapping[str, Any]], **extra: Any) -> None:
     """Prints `rows` as a table and writes them with the fingerprint to `results/NAME.json`."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [[_text(row.get(column, "")) for column in columns] for row in rows]
-    widths = [max(len(column), *(len(row[i]) for row in cells)) for i, column in enumerate(columns)]
-    print(f"\n{name}")
-    print("  ".join(column.ljust(width) for column, width in zip(columns, widths, strict=True)))
-    for row in cells:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
+    table(name, rows)
     RESULTS.mkdir(exist_ok=True)
     content = {"machine": fingerprint(), "rows": list(rows), **extra}
     (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Prints `rows` as a table; lists are for the JSON file and left out."""
+    columns = list(
+        dict.fromkeys(key for row in rows for key, v in row.items() if not isinstance(v, list))
+    )
+    cells = [[_text(row.get(column, "")) for column in columns] for row in rows]
+    widths = [max(len(column), *(len(row[i]) for row in cells)) for i, column in enumerate(columns)]
+    print(f"\n{title}")
+    print("  ".join(column.ljust(width) for column, width in zip(columns, widths, strict=True)))
+    for row in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
 
 
 def rss_bytes() -> int:
