@@ -84,6 +84,7 @@ TORCH = {
     "engine.builder_files": "constants as files",
     "engine.builder_link": "requests to verify on",
     "engine.builder_state": "requests to verify on",
+    "engine.captured": "requests",
     "engine.engine": "requests",
     "engine.host": "thread counts",
     "engine.improve": "requests",

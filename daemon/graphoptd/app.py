@@ -136,7 +136,13 @@ class App:
         threads = self.settings.executor.budget()
         events = EngineEvents(origin, self._store_failed)
         state = self.settings.state.path
-        self.host = Host(EngineSettings(threads.workers, threads.each, events=events), state)
+        builder = self.settings.builder
+        settings = EngineSettings(
+            threads.workers, threads.each, builder=builder.enabled,
+            builder_floor_pct=builder.floor_pct,
+            artifacts_bytes_max=builder.artifacts_bytes_max, events=events,
+        )  # fmt: skip
+        self.host = Host(settings, state)
         self.directory = HostDirectory(self.host, lambda: self.settings.repository)
         self.configured = ConfiguredModels(self.host, state)
         models = self.host.models().values()

@@ -2,6 +2,7 @@
 
     graphoptd --config FILE
     graphoptd --model NAME=BUNDLE ... [--state DIR] [--host ADDRESS] [--port N] [--run-dir DIR]
+              [--no-builder]
 
 Exit status: 0 stopped, 2 wrong usage, 65 corrupt or newer state, 74 the state's disk failed, 78 bad
 first configuration, 1 anything else; a signal that was caught is died of. 65 and 78 are not worth
@@ -89,6 +90,12 @@ def _parser() -> argparse.ArgumentParser:
         "--run-dir", metavar="DIR", type=Path, help="with --model: folder of the sockets (./run)"
     )
     parser.add_argument(
+        "--no-builder",
+        action="store_const",
+        const=True,
+        help="with --model: build no better plans beside the server; models stay on torch",
+    )
+    parser.add_argument(
         "--when-ready", metavar="TEXT", default="", help="say TEXT once every model serves"
     )
     parser.add_argument("--version", action="version", version=f"graphoptd {graphopt.__version__}")
@@ -96,7 +103,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check_usage(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    only = {"--state": "state", "--host": "host", "--port": "port", "--run-dir": "run_dir"}
+    only = {
+        "--state": "state", "--host": "host", "--port": "port", "--run-dir": "run_dir",
+        "--no-builder": "no_builder",
+    }  # fmt: skip
     for name, key in only.items():
         if options.config is not None and getattr(options, key) is not None:
             parser.error(f"{name} goes with --model; with --config, write it into the file")
@@ -120,6 +130,7 @@ def _settings(options: argparse.Namespace) -> Settings:
                 port=base.data.port if options.port is None else options.port,
                 socket_path=run_dir / "graphoptd-data.sock",
             ),
+            builder=replace(base.builder, enabled=not options.no_builder),
         ),
     )
 

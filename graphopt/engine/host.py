@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
+from graphopt.delta import Delta
 from graphopt.draft import Draft
-from graphopt.engine.improve import Improver
+from graphopt.engine.better_path import BetterPath
 from graphopt.engine.ledger import JournalLedger, MemoryLedger, Recovered
 from graphopt.engine.live import Clocks, LiveModel
 from graphopt.engine.records import EngineSettings, Result, RevisionInfo
@@ -44,7 +45,6 @@ class Host:
         self._clocks = clocks
         self._eager = EagerBuilder()
         self._shelf = Shelf()
-        self._improver = Improver(self._shelf)
         self._models: dict[str, LiveModel] = {}
         self._changing = threading.Lock()  # one load, unload or fork at a time
         self.folder = (
@@ -58,6 +58,14 @@ class Host:
             self.settings.intra_op,
             self._on_background_error,
             clocks.monotonic_s,
+        )
+        self.better = BetterPath(
+            self.settings,
+            clocks,
+            self._background,
+            self._shelf,
+            self.folder.path if self.folder is not None else None,
+            self._journal.blob_path if self._journal is not None else None,
         )
         try:
             self._recover()
@@ -90,6 +98,7 @@ class Host:
             if self._journal is not None:
                 self._journal.unload(name, model.revision)
             del self._models[name]
+            self.better.forget(name)
         self.settings.events("model.unloaded", {"graph": name, "revision": model.revision})
 
     def fork(self, name: str, new: str) -> LiveModel:
@@ -129,8 +138,17 @@ class Host:
         return self.threads.submit(lambda: model.run(inputs))
 
     def settle(self, timeout_s: float | None = None) -> bool:
-        """Waits until the background has nothing better to offer; False when the time passed first."""
-        return self._background.wait_idle(timeout_s)
+        """Waits until the background has nothing better to offer; False when the time passed first.
+
+        `better.status()` then says whether the builder is starved.
+        """
+        start_s = self._clocks.monotonic_s()
+        if not self.better.wait_settled(timeout_s):
+            return False
+        left_s = None
+        if timeout_s is not None:
+            left_s = max(0.0, timeout_s - (self._clocks.monotonic_s() - start_s))
+        return self._background.wait_idle(left_s)
 
     def reach_background(self) -> "Future[None]":
         """Done once the background has got through what was queued before: a proof that it lives."""
@@ -140,11 +158,12 @@ class Host:
 
     def explain_block(self, model: LiveModel, block: str) -> str:
         """Why a block runs on the tier it runs on."""
-        return self._improver.why_not(model.facts, block)
+        return self.better.why_eager(model, block)
 
     def close(self) -> None:
         """Ends the threads and lets go of the state folder; queued requests are run first."""
         self._background.close()
+        self.better.close()
         self.threads.close()
         self._models.clear()
         if self.folder is not None:
@@ -184,9 +203,8 @@ class Host:
         for name, recovered in self._journal.recover().items():
             self._add(self._make(name, recovered), "model.recovered")
 
-    def _schedule(self, model: LiveModel) -> None:
-        if self.settings.improve:
-            self._background.submit(f"improve {model.name}", lambda: self._improver.improve(model))
+    def _schedule(self, model: LiveModel, expansion: Delta | None = None) -> None:
+        self.better.follow(model, expansion)
         self._background.submit(f"tend {model.name}", lambda: self._tend(model))
 
     def _tend(self, model: LiveModel) -> None:
@@ -196,7 +214,12 @@ class Host:
         model.slot.reap()
         if self._shelf.wants_trim():
             models = self.models().values()
-            used = {(s.key, s.weights) for other in models for s in other.slot.plan.steps}
+            used = {
+                (step.key, step.weights)
+                for other in models
+                for known in other.known()
+                for step in (*known.base.steps, *known.plan.steps)
+            }
             self._shelf.trim(used.__contains__)
         if self._journal is not None and model.name in self._models:
             if self._journal.is_snapshot_due(model.name):

@@ -1,16 +1,19 @@
-"""The better path of this tier: prepares `fused` steps in the background, proves them, publishes
-them.
+"""The first stage of the better path: `fused` steps for blocks that no runtime region covers.
 
-Blocks keep running `eager` until their candidate is verified on inputs of the model's own (the last
-request's, or made up before the first). A candidate that fails is refused with its evidence and not
-tried again for this region and these weights.
+Blocks keep running `eager` until their candidate is verified, by the builder process where there is
+one, else here, on values of a real request or made-up ones. A candidate that fails is refused with
+its evidence and not tried again for this region and these weights.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from concurrent.futures import Future
+from typing import Any
 
 import torch
 
 from graphopt.analysis.facts import Facts
+from graphopt.builder.records import CANCELLED, OFF, Answer, finite
+from graphopt.engine.builder_link import BuilderLink
 from graphopt.engine.live import LiveModel
 from graphopt.engine.shelf import Candidate, Key, Shelf
 from graphopt.executor.build import weight_key
@@ -20,16 +23,20 @@ from graphopt.executor.runs import eager_run, run_of, run_region
 from graphopt.executor.samples import Sample, sample_inputs
 from graphopt.executor.verify import verify_step
 
+AT_ONCE = 32  # proofs asked for at a time: a part of the builder's queue
 REFUSED_KEPT = 4_096  # (region, weights) pairs remembered as not worth another try
 
 Run = tuple[str, ...]
+Waiting = Generator["Future[Any] | float | None", Any, Any]
+"""A coroutine of the background thread: it waits for a future, for seconds, or to be called again."""
 
 
-class Improver:
-    """Finds better steps for a model's runs of blocks; works on the background thread."""
+class FusedStage:
+    """Finds `fused` steps for a model's runs of blocks; works on the background thread."""
 
-    def __init__(self, shelf: Shelf) -> None:
+    def __init__(self, shelf: Shelf, link: BuilderLink | None) -> None:
         self._shelf = shelf
+        self._link = link
         self._fused = FusedBuilder()
         self._refused: dict[Key, str] = {}
 
@@ -39,12 +46,38 @@ class Improver:
         """
         return self._refused.get(_key(facts, run_of(facts, block)), "not prepared yet")
 
-    def improve(self, model: LiveModel) -> None:
-        """Prepares and verifies candidates for what changed since the last call, then publishes them.
+    def course(self, model: LiveModel) -> Waiting:
+        """Prepares and proves candidates for what changed since the last call, then publishes them.
 
-        Gives up as soon as a delta makes another revision: that revision's own job follows.
+        Closing the coroutine, as when a delta makes another revision, gives back what was not done.
         """
         old, facts, blocks = model.take_unproven()
+        is_done = False
+        try:
+            candidates, concerned = self._prepare(facts, blocks)
+            if candidates and self._link is not None:
+                steps = list(candidates.values())
+                for first in range(0, len(steps), AT_ONCE):
+                    asked = [
+                        (step, self._link.verify_fused(model.name, old.plan.revision, step.blocks))
+                        for step in steps[first : first + AT_ONCE]
+                    ]
+                    for step, future in asked:
+                        answer = yield future
+                        if answer.stage in (CANCELLED, OFF):
+                            return
+                        self._take(model, facts, step, answer)
+            else:
+                for step, sample in _samples(model, old.base, facts, candidates):
+                    self._take(model, facts, step, _verdict(facts, step, sample))
+                    yield None
+            is_done = model.publish_base(old, facts, concerned)
+        finally:
+            if not is_done:
+                model.give_back(blocks)
+
+    def _prepare(self, facts: Facts, blocks: set[str]) -> tuple[dict[str, Step], set[str]]:
+        """Steps that are not proven yet, by their first block, and all blocks looked at."""
         candidates: dict[str, Step] = {}
         concerned: set[str] = set()
         for run in _runs(facts, blocks):
@@ -53,30 +86,22 @@ class Improver:
             if key in self._refused or self._shelf.find(key) is not None:
                 continue
             step = self._fused.prepare_run(facts, run)
-            if model.arrangement is not old:
-                return model.give_back(blocks)
             if step is None:
                 self._refuse(key, self._fused.why_run(facts, run))
             else:
                 candidates[run[0]] = step
-        if candidates:
-            for step, sample in _samples(model, old.base, facts, candidates):
-                if model.arrangement is not old:
-                    return model.give_back(blocks)
-                self._judge(model, facts, step, sample)
-        if not model.publish_base(old, facts, concerned):
-            model.give_back(blocks)
-        return None
+        return candidates, concerned
 
-    def _judge(self, model: LiveModel, facts: Facts, step: Step, sample: Sample) -> None:
-        verdict = verify_step(facts, step.block, step, eager_run(facts, step.blocks), [sample])
+    def _take(self, model: LiveModel, facts: Facts, step: Step, answer: Answer) -> None:
         fields = {
             "graph": model.name, "revision": model.revision, "block": step.block, "tier": step.tier,
-            "max_error": verdict.max_error, "allowed": verdict.allowed,
+            "max_error": answer.max_error, "allowed": answer.allowed,
         }  # fmt: skip
-        if not verdict.ok:
-            self._refuse((step.key, step.weights), verdict.reason)
-            model.settings.events("plan.refused", {**fields, "reason": verdict.reason})
+        if not answer.ok:
+            self._refuse((step.key, step.weights), answer.reason)
+            model.settings.events(
+                "plan.refused", {**fields, "stage": answer.stage, "reason": answer.reason}
+            )
             return
         constants = run_region(facts, step.blocks).consts
         size = sum(facts.graph.constants[name].tensor.nbytes for name in constants)
@@ -89,6 +114,15 @@ class Improver:
         if len(self._refused) >= REFUSED_KEPT:
             self._refused.pop(next(iter(self._refused)))
         self._refused[key] = reason
+
+
+def _verdict(facts: Facts, step: Step, sample: Sample) -> Answer:
+    """As the builder would answer."""
+    found = verify_step(facts, step.block, step, eager_run(facts, step.blocks), [sample])
+    return Answer(
+        found.ok, "done" if found.ok else "verify", found.reason,
+        max_error=finite(found.max_error), allowed=finite(found.allowed),
+    )  # fmt: skip
 
 
 def _runs(facts: Facts, blocks: set[str]) -> list[Run]:
@@ -104,16 +138,18 @@ def _samples(
     The request runs on the published plan, whose steps are proven, no further than the last
     candidate.
     """
+    if not candidates:
+        return
     env, symbols = _bind(model, plan, facts)
     left = len(candidates)
-    with torch.no_grad():
-        for row in plan.steps:
-            candidate = candidates.get(row.blocks[0])
-            if candidate is not None:
-                yield candidate, Sample(tuple(env[key] for key in candidate.reads), symbols)
-                left -= 1
-                if not left:
-                    return
+    for row in plan.steps:
+        candidate = candidates.get(row.blocks[0])
+        if candidate is not None:
+            yield candidate, Sample(tuple(env[key] for key in candidate.reads), symbols)
+            left -= 1
+            if not left:
+                return
+        with torch.no_grad():
             run_steps((row,), env, symbols)
 
 

@@ -13,6 +13,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -159,6 +160,11 @@ class JournalLedger:
             if blob:
                 blob_of.update(dict.fromkeys(new, blob))
             self._named[change.model].append((change.revision, frozenset(named)))
+
+    def blob_path(self, model: str, digest: str) -> Path | None:
+        """The blob that holds a constant of a model; None when it has none."""
+        blob = self._blob_of.get(model, {}).get(digest)
+        return self.folder.blobs.path(blob) if blob is not None else None
 
     def load(
         self, model: str, graph: Graph, revision: int, kind: str = LOAD, like: str | None = None

@@ -27,12 +27,16 @@ from graphopt.engine.shelf import Shelf
 from graphopt.errors import DeltaError, DuplicateDeltaError, GraphoptError, PreconditionError
 from graphopt.executor.arrangement import Arrangement
 from graphopt.executor.build import EagerBuilder, bind_run, build_plan, replan, weight_key
-from graphopt.executor.plan import Step
+from graphopt.executor.guard import Hysteresis
+from graphopt.executor.plan import Plan, Step, run_plan
 from graphopt.executor.publish import Slot
 from graphopt.executor.runs import run_of, run_region
+from graphopt.executor.samples import sample_inputs
+from graphopt.executor.switch import Switch
 from graphopt.graph import Graph
 from graphopt.limits import REVISIONS_KEPT_MAX
 
+SWITCH_DWELL_S = 2.0  # a plan stays at least so long: about a hundred requests of a model of 20 ms
 SUMMARY_EDITS_MAX = 3  # edits that one line of `history` names
 
 
@@ -56,7 +60,7 @@ class LiveModel:
         settings: EngineSettings,
         clocks: Clocks,
         ledger: Ledger,
-        improve: "Callable[[LiveModel], None]",
+        improve: "Callable[[LiveModel, Delta], None]",
     ) -> None:
         self.name = name
         self.settings = settings
@@ -70,12 +74,15 @@ class LiveModel:
         self._shelf = shelf
         self._clocks = clocks
         self._improve = improve
+        self.attend: Callable[[], None] = _nobody  # has the switch looked after, soon
         self._writing = threading.RLock()
         self._unproven = set(self.facts.regions)  # blocks the better path has not looked at
         self._history: deque[RevisionInfo] = deque(recovered.history, maxlen=HISTORY_LINES_MAX)
         base = build_plan(self.facts, revision, self.live_step)
-        self._published = self._good = Arrangement.of(base)
+        # Of every plan that has a role in the slot
+        self._known: tuple[Arrangement, ...] = (Arrangement.of(base),)
         self.slot = Slot(base, clocks.monotonic_s)
+        self.switch = Switch(self.slot, Hysteresis(SWITCH_DWELL_S), clocks.monotonic_s)
 
     # -- serving
 
@@ -100,9 +107,32 @@ class LiveModel:
 
     @property
     def arrangement(self) -> Arrangement:
-        """What the published plan is made of; after a rollback that of the last good one."""
-        published = self._published
-        return published if self.slot.plan is published.plan else self._good
+        """What the published plan is made of."""
+        while True:  # another plan may be published between the two reads
+            plan = self.slot.plan
+            for known in reversed(self._known):
+                if known.plan is plan:
+                    return known
+
+    def known(self) -> tuple[Arrangement, ...]:
+        """Of the plans that requests may run, or that a rollback would go to."""
+        return self._known
+
+    def inputs_to_try(self) -> list[Mapping[str, torch.Tensor]]:
+        """Inputs for plans without traffic: of real requests, else made up."""
+        return self.requests() or [sample_inputs(self.facts)]
+
+    def requests(self) -> list[Mapping[str, torch.Tensor]]:
+        """Inputs of some real requests, of every shape that was met."""
+        kept = self.captured.collect(self.slot.plan)
+        return [inputs for row in kept.values() for inputs in row]
+
+    def introduce(self, candidate: Arrangement) -> None:
+        """Makes an arrangement known before its plan may be published."""
+        with self._writing:
+            roles = (self.slot.plan, self.slot.last_good)
+            kept = (each for each in self._known if any(each.plan is plan for plan in roles))
+            self._known = (*kept, candidate)
 
     # -- editing
 
@@ -225,41 +255,49 @@ class LiveModel:
         base, _ = replan(old.base, change, old.plan.revision, self.live_step)
         return self.publish(old, Arrangement.of(base, old.overlays))
 
-    def publish(self, old: Arrangement, new: Arrangement, is_good: bool = True) -> bool:
+    def publish(self, old: Arrangement, new: Arrangement) -> bool:
         """Publishes `new`, made of `old` for the same revision; False when the model has moved on.
 
-        What is published is made before the writer's lock is taken: deltas do not wait for it. With
-        `is_good` False the last good plan stays where a rollback goes until `confirm`.
+        It counts as good at once. What is published is made before the writer's lock is taken:
+        deltas do not wait for it.
         """
         with self._writing:
-            if self.arrangement is not old:
-                return False
             if new.plan.id == old.plan.id:
                 new = Arrangement(new.base, new.overlays, old.plan)
-            elif not self.slot.publish(new.plan, expected=old.plan):
+                self._known = tuple(new if each is old else each for each in self._known)
+                return self.slot.plan is old.plan
+            self.introduce(new)
+            if not self.slot.publish(new.plan, expected=old.plan):
                 return False
-            self._published = new
-            if is_good:
-                self.confirm(new)
-        if new.plan is old.plan:
-            return True
-        fields = {
-            "graph": self.name,
-            "revision": new.plan.revision,
-            "plan_id": new.plan.id,
-            "from_plan_id": old.plan.id,
-            "tiers": new.plan.tiers(),
-        }
-        self.settings.events("plan.published", fields)
+            self.slot.confirm(new.plan)
+        self.settings.events("plan.published", self.publication(new.plan, old.plan.id))
         return True
 
-    def confirm(self, arrangement: Arrangement) -> bool:
-        """`arrangement` proved good: rollbacks go there. False when another is published."""
-        with self._writing:
-            if not self.slot.confirm(arrangement.plan):
-                return False
-            self._good = arrangement
-            return True
+    def publication(self, plan: Plan, from_plan_id: str) -> dict[str, object]:
+        """The fields of `plan.published`."""
+        return {
+            "graph": self.name,
+            "revision": plan.revision,
+            "plan_id": plan.id,
+            "from_plan_id": from_plan_id,
+            "tiers": plan.tiers(),
+        }
+
+    def lighten(self) -> bool:
+        """Lets go of what lies unused under the overlays: the base there falls back to `eager`."""
+        old, none = self.arrangement, frozenset[str]()
+        covered = old.covered()
+        change = Update(self.facts, {}, covered, none, none, none)
+        base, _ = replan(old.base, change, old.plan.revision, self._eager)
+        return self.publish(old, Arrangement.of(base, old.overlays))
+
+    def time_once(self, inputs: Mapping[str, torch.Tensor]) -> float:
+        """Seconds of one request with `inputs` on the published plan, after one that does not count."""
+        plan = self.slot.plan
+        run_plan(plan, inputs)
+        start_s = self._clocks.monotonic_s()
+        run_plan(plan, inputs)
+        return self._clocks.monotonic_s() - start_s
 
     # -- helpers
 
@@ -339,19 +377,23 @@ class LiveModel:
                 **asdict(done),
             },
         )
-        self._improve(self)
+        self._improve(self, applied.expansion)
         return done
 
     def _publish(self, arrangement: Arrangement, new: Update) -> None:
         uncovered = self.arrangement.covered() - arrangement.covered()
+        self.introduce(arrangement)
         self.facts = new.facts
         self.slot.publish(arrangement.plan)
         self._unproven |= _replanned(new)
         self._unproven.update(block for block in uncovered if block in new.facts.regions)
-        self._published = self._good = arrangement
         self._graphs[arrangement.plan.revision] = new.facts.graph
         while len(self._graphs) > REVISIONS_KEPT_MAX:
             self._graphs.popitem(last=False)
+
+
+def _nobody() -> None:
+    """Nobody looks after the switch of a model that is not on the better path."""
 
 
 def _replanned(new: Update) -> frozenset[str]:

@@ -22,7 +22,11 @@ class EngineSettings:
     Attributes:
         threads: executor threads; requests submitted beyond that wait.
         intra_op: torch threads of each executor thread.
-        improve: whether the background thread prepares `fused` steps.
+        improve: whether better plans are looked for in the background.
+        builder: whether a process of its own builds and proves them; without it models reach the
+            `fused` tier, proven in this process.
+        builder_floor_pct: percent of one core that the builder gets at least while it has work.
+        artifacts_bytes_max: of finished artifacts kept on disk; None: 4 GiB, or a tenth of the disk.
         verify: whether every update of the facts is checked against a computation from scratch.
             Costs seconds on a large graph.
         events: receives every event name with its fields; called from engine threads, must be
@@ -32,6 +36,9 @@ class EngineSettings:
     threads: int = 1
     intra_op: int = field(default_factory=usable_cpus)
     improve: bool = True
+    builder: bool = True
+    builder_floor_pct: float = 10.0
+    artifacts_bytes_max: int | None = None
     verify: bool = False
     events: EventSink = ignore_event
 

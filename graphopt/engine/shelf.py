@@ -54,6 +54,11 @@ class Shelf:
                 self._candidates.move_to_end(key)
             return found
 
+    def keys(self) -> set[Key]:
+        """What is kept."""
+        with self._lock:
+            return set(self._candidates)
+
     def put(self, key: Key, candidate: Candidate) -> None:
         """Keeps a candidate that was verified."""
         with self._lock:

@@ -8,6 +8,7 @@ The outputs of the two plans are compared on the way. The candidate's steps were
 itself where they were built; this sees a candidate that was loaded wrong.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -58,13 +59,17 @@ class IdleTrial:
                 continue
             self._inputs.setdefault(tuple(symbols.values()), []).append(captured)
 
-    def run(self) -> TrialResult | None:
-        """Works until there is a verdict, a request comes, or no captured input is left.
+    def run(self, budget_s: float = math.inf) -> TrialResult | None:
+        """Works until there is a verdict, a request comes, no captured input is left, or `budget_s`
+        passed.
 
-        None in the last two cases.
+        None in all cases but the first.
         """
+        until_s = self._now_s() + budget_s
         while (result := self._trial.judge()) is None:
             if not self._inputs or not self._run_pair():
+                return self._trial.judge()
+            if self._now_s() >= until_s:
                 return self._trial.judge()
         return result
 

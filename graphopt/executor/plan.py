@@ -94,6 +94,16 @@ class Plan:
         return counts
 
 
+def bucket_symbols(plan: Plan) -> tuple[str, ...]:
+    """The dynamic dims in the order in which `bind_inputs` meets them: the order of a shape bucket."""
+    found: dict[str, None] = {}
+    for spec in plan.inputs:
+        for dim in spec.type.shape:
+            if dim.__class__ is not int and symbols_of(dim) == {str(dim)}:
+                found[str(dim)] = None
+    return tuple(found)
+
+
 def value_key(ref: Ref) -> str:
     """The environment key of a value."""
     return f"{ref.id}:{ref.idx}" if ref.idx else ref.id

@@ -14,6 +14,7 @@ starts nothing: it returns frozen records, and is to be called again when `Slot.
 time to time while `phase` is not idle.
 """
 
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -147,12 +148,15 @@ class Switch:
         self.phase, self._trial = "trial", trial
         return ""
 
-    def step(self, captured: Sequence[Inputs] = ()) -> tuple[Outcome, ...]:
+    def step(
+        self, captured: Sequence[Inputs] = (), budget_s: float = math.inf
+    ) -> tuple[Outcome, ...]:
         """Takes in what requests took and decides what can be decided.
 
         Args:
             captured: inputs to try plans on while no request runs; works on them until there is a
                 verdict or a request comes.
+            budget_s: seconds after which the work on them stops.
         """
         samples = self._slot.latencies.drain()
         outcomes = self._take_faults()
@@ -163,7 +167,7 @@ class Switch:
         if self.phase == "watch":
             outcome = self._step_watch(samples)
         else:
-            result = self._judge(captured if not samples else ())
+            result = self._judge(captured if not samples else (), budget_s)
             if result is None:
                 outcome = None
             elif self.phase == "trial":
@@ -171,6 +175,26 @@ class Switch:
             else:
                 outcome = self._end_confirmation(result)
         return tuple(outcomes) if outcome is None else (*outcomes, outcome)
+
+    @property
+    def watched_requests(self) -> int:
+        """Requests that the plan under watch has served; 0 in other phases."""
+        return self._guard.requests if self._guard is not None and self.phase == "watch" else 0
+
+    def accept(self) -> Outcome | None:
+        """Ends a watch early: the plan counts as good, so that another may be tried against it.
+
+        None when no plan is under watch.
+        """
+        if self.phase != "watch":
+            return None
+        plan, current = self._both()
+        key, requests = self._key, self.watched_requests
+        if not self._slot.confirm(plan):
+            return self._superseded()
+        self._clear()
+        reason = f"nothing against it in {requests} requests, and another plan is to be tried"
+        return Outcome("confirmed", "watch", plan.id, current.id, key, reason)
 
     def cancel(self, reason: str) -> None:
         """Ends a trial, as before the model is unloaded; a plan under watch stays published."""
@@ -181,7 +205,7 @@ class Switch:
 
     # -- trial
 
-    def _judge(self, captured: Sequence[Inputs]) -> TrialResult | None:
+    def _judge(self, captured: Sequence[Inputs], budget_s: float) -> TrialResult | None:
         assert self._trial is not None
         plan, current = self._both()
         result = self._trial.judge()
@@ -190,7 +214,7 @@ class Switch:
         if self._idle is None:
             old, new = (current, plan) if self.phase == "trial" else (plan, current)
             self._idle = IdleTrial(self._trial, old, new, captured, self._slot, self._now_s)
-        return self._idle.run()
+        return self._idle.run(budget_s)
 
     def _end_trial(self, result: TrialResult) -> Outcome:
         plan, current, key, now_s = *self._both(), self._key, self._now_s()
@@ -281,12 +305,16 @@ class Switch:
             )
         self._slot.end_trial()
         assert self._guard is not None
-        lines = result.buckets
-        self._guard.rebase({line.bucket: Baseline(line.current_s, line.spread) for line in lines})
+        if result.ratio is None or result.ratio < 1.0 - result.margin:
+            self._guard.rearm()  # likely, not certain: the next alarm asks again
+        else:
+            lines = result.buckets
+            now = {line.bucket: Baseline(line.current_s, line.spread) for line in lines}
+            self._guard.rebase(now)
         self._trial = self._idle = self._alarm = None
         self.phase = "watch"
         self._slot.watch(plan)
-        reason = f"{good.id} is not faster now: {result.reason}"
+        reason = f"{good.id} is not faster with certainty: {result.reason}"
         return Outcome("kept", "watch", plan.id, good.id, key, reason, result, alarm)
 
     # -- helpers

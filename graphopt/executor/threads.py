@@ -17,6 +17,16 @@ T = TypeVar("T")
 Job = Callable[[], None]
 
 
+def own_thread_count(count: int) -> None:
+    """Sets the count of torch's intra-op threads for calls of this thread.
+
+    At its first look a thread takes over what any other thread set last, which would undo an earlier
+    setting: so it looks first.
+    """
+    torch.get_num_threads()
+    torch.set_num_threads(count)
+
+
 class ExecutorThreads:
     """`count` threads that run calls in the order they were submitted, each with `intra_op` torch
     threads.
@@ -52,7 +62,7 @@ class ExecutorThreads:
             thread.join()
 
     def _work(self) -> None:
-        torch.set_num_threads(self.intra_op)
+        own_thread_count(self.intra_op)
         while (item := self._calls.get()) is not None:
             future, call = item
             if not future.set_running_or_notify_cancel():
@@ -131,7 +141,7 @@ class BackgroundThread:
         self._thread.join()
 
     def _work(self) -> None:
-        torch.set_num_threads(self._intra_op)
+        own_thread_count(self._intra_op)
         while True:
             with self._wake:
                 self._running = None

@@ -21,6 +21,7 @@ LAYER_S_MIN = 1e-3  # a layer worth a region of its own (DESIGN section 7)
 NODES_MIN = 2  # a call into a runtime costs more than one op
 CUT_NODES_MIN = 8  # what a cut leaves over is worth a region of its own only from this size on
 PLANS_MAX = 8
+PREFERRED = ("openvino", "onnxruntime")  # the order in which they won on most models measured
 
 Document = Mapping[str, Any]
 Extra = tuple[tuple[str, str], ...]
@@ -50,11 +51,15 @@ def propose(
     layouts = [("layers", layers(facts)), ("whole", whole(facts))] if by_layer else []
     plans = []
     for layout, runs in layouts or [("whole", whole(facts))]:
-        for name in document["backends"]:
+        for name in sorted(document["backends"], key=_rank):
             backend = known.get(name)
             if backend is not None:
                 plans += _plans(facts, document, layout, runs, backend)
     return {"plans": plans[:PLANS_MAX]}
+
+
+def _rank(name: str) -> tuple[int, str]:
+    return (PREFERRED.index(name) if name in PREFERRED else len(PREFERRED), name)
 
 
 def _plans(

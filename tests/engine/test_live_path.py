@@ -46,7 +46,7 @@ def events() -> Events:
 def engine(events: Events, tmp_path: Path) -> Iterator[graphopt.Engine]:
     torch.set_num_threads(1)
     settings = graphopt.EngineSettings(
-        intra_op=1, events=lambda name, fields: events.append((name, fields))
+        intra_op=1, builder=False, events=lambda name, fields: events.append((name, fields))
     )
     with graphopt.Engine(transformer(), settings, state_dir=tmp_path / "state") as made:
         yield made
@@ -231,7 +231,7 @@ def test_an_interface_may_change_when_the_delta_says_so(engine: graphopt.Engine)
 
 
 def test_verify_mode_refuses_a_delta_when_a_fact_is_wrong() -> None:
-    settings = graphopt.EngineSettings(intra_op=1, verify=True)
+    settings = graphopt.EngineSettings(intra_op=1, verify=True, builder=False)
     with graphopt.Engine(transformer(), settings) as engine:
         gelu = first_node(engine.graph, "aten.gelu.default")
         eps = {"node": first_node(engine.graph, "aten.layer_norm.default"), "name": "eps"}
@@ -343,7 +343,7 @@ def first_constant(graph: graphopt.Graph) -> str:
 
 
 def reopened(tmp_path: Path) -> graphopt.Engine:
-    return graphopt.Engine(None, graphopt.EngineSettings(intra_op=1), state_dir=tmp_path / "state")
+    return graphopt.Engine(None, graphopt.EngineSettings(intra_op=1, builder=False), state_dir=tmp_path / "state")
 
 
 def test_what_was_acknowledged_is_live_again_after_a_restart(
@@ -443,7 +443,7 @@ def test_a_fork_shares_constants_and_steps_and_goes_its_own_way(
     changed = fork.run(feeds_of(fork.graph, SIZES))
     assert not same_outputs(changed.outputs, before.outputs)
     engine.close()
-    again = graphopt.Host(graphopt.EngineSettings(intra_op=1), tmp_path / "state")
+    again = graphopt.Host(graphopt.EngineSettings(intra_op=1, builder=False), tmp_path / "state")
     try:
         assert set(again.models()) == {"transformer", "tenant"}
         assert same_outputs(

@@ -78,7 +78,7 @@ def open_engine() -> Iterator[Callable[[graphopt.Graph], graphopt.Engine]]:
     opened: list[graphopt.Engine] = []
 
     def make(graph: graphopt.Graph) -> graphopt.Engine:
-        opened.append(graphopt.Engine(graph, graphopt.EngineSettings(intra_op=1)))
+        opened.append(graphopt.Engine(graph, graphopt.EngineSettings(intra_op=1, builder=False)))
         return opened[-1]
 
     yield make

@@ -31,4 +31,12 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def model_argv(bundle: Path, folder: Path) -> list[str]:
     """The command line that serves the pair of constants on sockets in `folder`."""
-    return ["--model", f"pair={bundle}", "--run-dir", str(folder / "run"), "--port", "0"]
+    return [
+        "--model",
+        f"pair={bundle}",
+        "--run-dir",
+        str(folder / "run"),
+        "--port",
+        "0",
+        "--no-builder",
+    ]

@@ -13,6 +13,7 @@ HEAD = """
 state: {path: state}
 control: {socket: run/graphoptd.sock, group: ""}
 data: {port: null, socket_path: run/graphoptd-data.sock}
+builder: {enabled: false}
 """
 
 

@@ -1,0 +1,266 @@
+"""The better path of a process: which models have a campaign, who wakes it, and what becomes of verdicts.
+
+All of it happens on the background thread, in jobs of a few milliseconds; request threads and the
+builder's link only wake it. A model's campaign starts when it is loaded, after each delta, when its
+traffic has other hot shapes, and when a pin ends.
+"""
+
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from graphopt.delta import Delta
+from graphopt.engine.builder_files import BlobConstants, ScratchConstants
+from graphopt.engine.builder_link import BuilderLink, BuilderSettings, BuilderStatus
+from graphopt.engine.campaign import Campaign, Means
+from graphopt.engine.findings import Findings
+from graphopt.engine.improve import FusedStage
+from graphopt.engine.live import Clocks, LiveModel
+from graphopt.engine.pins import Pins
+from graphopt.engine.records import EngineSettings
+from graphopt.engine.shelf import Shelf
+from graphopt.engine.supply import Supply
+from graphopt.engine.traffic import hot_buckets
+from graphopt.executor.switch import Outcome
+from graphopt.executor.threads import BackgroundThread
+
+TICK_S = 2.0  # between looks at what nobody tells: traffic, pins, plans under watch
+TRIAL_S = 0.02  # between looks at a trial
+IDLE_TRIAL_S = 0.25  # at a stretch on captured inputs: other models wait meanwhile
+_EVENTS = {
+    "published": "plan.published", "refused": "plan.refused", "confirmed": "plan.confirmed",
+    "rolled_back": "plan.rolled_back", "kept": "plan.kept",
+}  # fmt: skip
+
+FindBlob = Callable[[str, str], Path | None]
+
+
+@dataclass(slots=True)
+class _Course:
+    """A model and where it is on the better path."""
+
+    model: LiveModel
+    findings: Findings = field(default_factory=Findings)
+    campaign: Campaign | None = None
+    buckets: list[dict[str, int]] = field(default_factory=list)
+    pinned_until_s: float | None = None
+
+
+class BetterPath:
+    """The campaigns of all models of a process."""
+
+    def __init__(
+        self,
+        settings: EngineSettings,
+        clocks: Clocks,
+        background: BackgroundThread,
+        shelf: Shelf,
+        folder: Path | None,
+        find_blob: FindBlob | None,
+    ) -> None:
+        """Starts no process before the first job.
+
+        Args:
+            settings: of the engine.
+            clocks: of the engine.
+            background: the thread that everything here runs on.
+            shelf: of proven `fused` steps, shared with the live path.
+            folder: of the state, for artifacts, quarantine and pins; None keeps them in a temporary
+                folder as long as the engine lives.
+            find_blob: where a model's constant lies as a file, where there is a state folder.
+        """
+        self.settings = settings
+        self._background = background
+        self._courses: dict[str, _Course] = {}
+        self._changed = threading.Condition()
+        self._scratch = Path(tempfile.mkdtemp(prefix="graphopt-"))
+        home = folder if folder is not None else self._scratch
+        self.pins = Pins(folder, clocks.wall_s, settings.events)
+        self.link: BuilderLink | None = None
+        if settings.builder:
+            scratch = ScratchConstants(self._scratch / "constants")
+            files = BlobConstants(find_blob, scratch) if find_blob is not None else scratch
+            self.link = BuilderLink(
+                home / "builder", files, clocks.monotonic_s,
+                BuilderSettings(floor_pct=settings.builder_floor_pct), settings.events,
+            )  # fmt: skip
+        self._fused = FusedStage(shelf, self.link)
+        self.supply = Supply(home, settings, clocks)
+        self._means = Means(
+            self._fused, self.link, self.supply, self.pins, settings.intra_op, settings.threads
+        )
+        self._background.submit_after(TICK_S, "tick", self._tick)
+
+    # -- what the host tells
+
+    def follow(self, model: LiveModel, expansion: Delta | None = None) -> None:
+        """A model is there, or has another revision, reached by the primitives of `expansion`.
+
+        Costs microseconds: it is on the live path.
+        """
+        if not self.settings.improve:
+            return
+        course = self._courses.get(model.name)
+        if course is None or course.model is not model:
+            course = self._courses[model.name] = _Course(model)
+            model.slot.wake = partial(self._wake_switch, course)
+            model.attend = model.slot.wake
+        if self.link is not None:
+            self.link.revise(model.name, model.revision, model.graph, expansion)
+        self._wake(course)
+
+    def forget(self, name: str) -> None:
+        """The model is gone."""
+        course = self._courses.pop(name, None)
+        if course is not None:
+            self._background.submit(f"end {name}", lambda: self._end(course))
+        if self.link is not None:
+            self.link.forget(name)
+        self.pins.forget(name)
+
+    def look_again(self, name: str) -> None:
+        """Something outside changed for a model, as a pin: its campaign starts anew."""
+        course = self._courses.get(name)
+        if course is not None:
+            self._background.submit(f"renew {name}", lambda: self._renew(course))
+
+    def wait_settled(self, timeout_s: float | None) -> bool:
+        """Waits until no campaign and no trial is under way; False when `timeout_s` passed first."""
+        with self._changed:
+            return self._changed.wait_for(self._is_settled, timeout_s)
+
+    def status(self) -> BuilderStatus:
+        """What the builder is at."""
+        return self.link.status() if self.link is not None else BuilderStatus()
+
+    def findings(self, name: str) -> Findings:
+        """What is known about the ways of running a model."""
+        course = self._courses.get(name)
+        return course.findings if course is not None else Findings()
+
+    def why_eager(self, model: LiveModel, block: str) -> str:
+        """Why a block runs on the tier it runs on."""
+        return self._fused.why_not(model.facts, block)
+
+    def artifacts_in_use(self) -> set[tuple[str, ...]]:
+        """Keys of the artifacts that plans with a role run on."""
+        return {
+            key
+            for course in list(self._courses.values())
+            for known in course.model.known()
+            for overlay in known.overlays
+            for key in overlay.artifacts
+        }
+
+    def close(self) -> None:
+        """Ends the builder. The background thread has ended before."""
+        for course in self._courses.values():
+            self._end(course)
+        if self.link is not None:
+            self.link.close()
+        self.supply.close()
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+    # -- on the background thread
+
+    def _wake(self, course: _Course) -> None:
+        self._background.submit(f"campaign {course.model.name}", lambda: self._advance(course))
+
+    def _wake_switch(self, course: _Course) -> None:
+        self._background.submit(f"attend {course.model.name}", lambda: self._attend(course))
+
+    def _advance(self, course: _Course) -> None:
+        model, campaign = course.model, course.campaign
+        if self._courses.get(model.name) is not course:
+            return
+        if campaign is None or (campaign.is_over and campaign.revision != model.revision):
+            campaign = course.campaign = Campaign(model, self._means, course.findings)
+            course.buckets = hot_buckets(model.slot)
+        delay_s = campaign.step(lambda: self._wake(course))
+        if campaign.is_over and campaign.revision != model.revision:
+            delay_s = 0.0
+        if delay_s is not None and delay_s > 0.0:
+            key = f"campaign {model.name}"
+            self._background.submit_after(delay_s, key, lambda: self._advance(course))
+        elif delay_s is not None:
+            self._wake(course)
+        self._notify()
+
+    def _attend(self, course: _Course) -> None:
+        """Lets the switch decide what it can, and tells what it decided."""
+        model = course.model
+        if self._courses.get(model.name) is not course:
+            return
+        captured: list[Mapping[str, Any]] = []
+        if model.switch.phase in ("trial", "confirmation"):
+            captured = model.inputs_to_try()
+        for outcome in model.switch.step(captured, IDLE_TRIAL_S):
+            self._tell(course, outcome)
+        if model.switch.phase in ("trial", "confirmation"):
+            key = f"attend {model.name}"
+            self._background.submit_after(TRIAL_S, key, lambda: self._attend(course))
+        self._notify()
+
+    def _tell(self, course: _Course, outcome: Outcome) -> None:
+        model = course.model
+        if outcome.decision in _EVENTS:
+            fields = {"graph": model.name, "revision": model.revision, **outcome.fields()}
+            if outcome.decision == "published":
+                plan = model.arrangement.plan
+                fields = {**model.publication(plan, outcome.other), **outcome.fields()}
+            elif outcome.decision == "refused":
+                fields["stage"] = "performance"
+            self.settings.events(_EVENTS[outcome.decision], fields)
+        if outcome.decision == "rolled_back":
+            course.findings.take_back(outcome)
+            self.supply.forget(model.name, model.graph.hash, str(outcome.key))
+        if course.campaign is not None:
+            course.campaign.take(outcome)
+
+    def _tick(self) -> None:
+        for course in list(self._courses.values()):
+            model = course.model
+            self._attend(course)
+            pin = self.pins.get(model.name)
+            until_s = pin.until_s if pin is not None else None
+            is_over = course.campaign is not None and course.campaign.is_over
+            is_free = until_s is None and course.pinned_until_s is not None
+            is_other = is_over and self.link and hot_buckets(model.slot) != course.buckets
+            if is_free or is_other:
+                self._renew(course)
+            course.pinned_until_s = until_s
+        self.supply.trim(self.artifacts_in_use())
+        self._background.submit_after(TICK_S, "tick", self._tick)
+
+    def _renew(self, course: _Course) -> None:
+        if course.campaign is not None:
+            course.campaign.close()
+            course.campaign = None
+        self._wake(course)
+
+    def _end(self, course: _Course) -> None:
+        if course.campaign is not None:
+            course.campaign.close()
+        course.model.switch.cancel("the model was unloaded")
+        self._notify()
+
+    def _is_settled(self) -> bool:
+        return all(
+            not self.settings.improve
+            or (
+                course.campaign is not None
+                and course.campaign.is_over
+                and course.campaign.revision == course.model.revision
+                and course.model.switch.phase not in ("trial", "confirmation")
+            )
+            for course in list(self._courses.values())
+        )
+
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify_all()

@@ -1,0 +1,353 @@
+"""A campaign: the way of one revision from its live-path plan to the best plan of this host.
+
+First the `fused` steps, then the choice remembered for this very graph; else the builder proposes
+plans, and one after the other is built where artifacts are missing, loaded, put together, warmed,
+tried against the published plan and published under watch. A coroutine of the background thread: it
+waits for the builder's answers and for verdicts, and it is closed when a delta makes another
+revision. Artifacts and findings outlive it, so the next revision's campaign does only what changed.
+
+Deliberately absent: what is worth proposing (the planner), and when a plan is faster (the switch).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Any
+
+from graphopt.analysis.facts import Facts
+from graphopt.builder.records import CANCELLED, OFF, Answer
+from graphopt.engine.assembly import Piece, artifact_key, overlays_of, pieces_of
+from graphopt.engine.builder_link import BuilderLink
+from graphopt.engine.findings import Finding, Findings, State
+from graphopt.engine.improve import FusedStage, Waiting
+from graphopt.engine.live import LiveModel
+from graphopt.engine.pins import Pins
+from graphopt.engine.supply import Supply
+from graphopt.engine.traffic import hot_buckets, request_seconds
+from graphopt.errors import BuilderError
+from graphopt.executor.arrangement import Arrangement, ArtifactKey, Overlay
+from graphopt.executor.plan import run_plan
+from graphopt.executor.switch import Outcome
+
+RETRY_S = 0.1  # until a switch that is not ready is asked again
+COVERED_MIN = (
+    0.5  # of the nodes that a plan wants on a runtime: with fewer built it is another plan
+)
+WATCHED_MIN = 50  # requests after which a plan under watch may give way to the next trial
+UNWATCHED_S = 5.0  # or so long, where there is hardly any traffic
+
+Keyed = list[tuple[Piece, ArtifactKey]]
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """What campaigns work with: one of each for all models of a process."""
+
+    fused: FusedStage
+    link: BuilderLink | None
+    supply: Supply
+    pins: Pins
+    threads: int
+    streams: int
+
+
+class Campaign:
+    """One revision's campaign. `step` is called on the background thread until `is_over`."""
+
+    def __init__(self, model: LiveModel, means: Means, findings: Findings) -> None:
+        self.model = model
+        self.findings = findings
+        self.is_over = False
+        self._means = means
+        self.revision = model.revision
+        self._course = self._run()
+        self._waits_for: Future[Any] | None = None
+        self._verdict: Future[Outcome] | None = None
+
+    def step(self, wake: Callable[[], None]) -> float | None:
+        """Goes on as far as possible.
+
+        Returns seconds after which to call again; None when `wake` will be called, or it is over.
+        """
+        value: Any = None
+        while not self.is_over:
+            if self._waits_for is not None:
+                if not self._waits_for.done():
+                    return None
+                waited, self._waits_for = self._waits_for, None
+                value = waited
+            if self.model.revision != self.revision:
+                self.close()
+                return None
+            try:
+                asked = self._resume(value)
+            except StopIteration:
+                self.is_over = True
+                return None
+            value = None
+            if isinstance(asked, Future):
+                self._waits_for = asked
+                asked.add_done_callback(lambda _: wake())
+            else:
+                return 0.0 if asked is None else asked
+        return None
+
+    def take(self, outcome: Outcome) -> None:
+        """A decision of the switch about this model's plans."""
+        if self._verdict is not None and not self._verdict.done():
+            self._verdict.set_result(outcome)
+
+    def close(self) -> None:
+        """Ends it where it is."""
+        if not self.is_over:
+            self.is_over = True
+            self._course.close()
+
+    def _resume(self, done: Any) -> Any:
+        if not isinstance(done, Future):
+            return self._course.send(None)
+        error = done.exception() if not done.cancelled() else BuilderError("taken back")
+        return self._course.throw(error) if error is not None else self._course.send(done.result())
+
+    # -- the course
+
+    def _run(self) -> Waiting:
+        yield from self._means.fused.course(self.model)
+        link = self._means.link
+        if link is None or not self._means.supply.versions():
+            return
+        facts = self.model.facts
+        if self._recall(facts):
+            return
+        buckets = hot_buckets(self.model.slot)
+        link.set_requests(self.model.name, self.model.requests())
+        document = {
+            "backends": list(self._means.supply.versions()),
+            "threads": self._means.threads,
+            "streams": self._means.streams,
+            "buckets": buckets,
+            "latency_s": self._latency_s(),
+        }
+        try:
+            proposal = yield link.propose(self.model.name, self.revision, document)
+        except BuilderError as error:
+            self.model.settings.events(
+                "builder.failed", {"job": f"propose {self.model.name}", "message": str(error)}
+            )
+            return
+        for plan in self._in_order(proposal["plans"]):
+            if self._is_open(plan, facts):
+                yield from self._pursue(plan, facts)
+        self._conclude(facts)
+
+    def _recall(self, facts: Facts) -> bool:
+        """Publishes what was chosen for this very graph before, if its artifacts are at hand."""
+        chosen = self._means.supply.recall(self.model.name, facts)
+        if chosen is None:
+            return False
+        label, keyed = chosen
+        overlays = overlays_of(facts, keyed, self._means.supply.loaded)
+        pin = self._means.pins.get(self.model.name)
+        if not overlays or (pin is not None and not pin.allows(keyed[0][0].backend)):
+            return False
+        old = self.model.arrangement
+        new = Arrangement.of(old.base, overlays)
+        self._warm(new)
+        if not self.model.publish(old, new):
+            return False
+        finding = Finding(label, "chosen", "chosen before for this graph", self.revision)
+        self.findings.note(_with_keys(finding, keyed))
+        return True
+
+    def _pursue(self, plan: Mapping[str, Any], facts: Facts) -> Waiting:
+        """Builds one proposed plan and has it judged."""
+        finding = Finding(plan["label"], "building", revision=self.revision)
+        keyed = self._keyed(facts, pieces_of(plan))
+        finding = _with_keys(finding, keyed)
+        self.findings.note(finding)
+        finding = yield from self._build(finding, facts, keyed)
+        overlays = overlays_of(facts, keyed, self._means.supply.loaded)
+        old = self.model.arrangement
+        new = Arrangement.of(old.base, overlays)
+        if new.plan.id == old.plan.id and overlays:
+            self.findings.note(replace(finding, state="chosen"))
+            return
+        if _nodes(overlays) < COVERED_MIN * sum(_nodes_of(facts, run) for run in _runs(keyed)):
+            self.findings.note(replace(finding, state="failed"))
+            return
+        pin = self._means.pins.get(self.model.name)
+        if pin is not None and not pin.allows(plan["backend"]):
+            reason = f"pinned by {pin.owner}: {pin.reason}"
+            self.findings.note(replace(finding, state="held", reason=reason))
+            return
+        self._warm(new)
+        yield from self._judge(replace(finding, state="on trial"), old, new)
+
+    def _build(self, finding: Finding, facts: Facts, keyed: Keyed) -> Waiting:
+        """Brings every artifact of a plan into memory; returns the finding with what it took."""
+        assert self._means.link is not None
+        supply, link, total_s, reasons = self._means.supply, self._means.link, 0.0, []
+        missing = [entry for entry in keyed if not supply.fetch(facts, *entry)]
+        bad: set[tuple[str, str]] = set()  # structure and options: what failed once fails for twins
+        for wave in _waves(missing):
+            asked = []
+            for piece, key in wave:
+                if (key[0], key[-1]) not in bad:
+                    job = supply.job(self.model.name, self.revision, piece)
+                    asked.append((piece, key, job, link.build(job)))
+            for piece, key, job, future in asked:
+                answer: Answer = yield future
+                if answer.stage not in (CANCELLED, OFF):
+                    total_s += answer.build_s or 0.0
+                    self._tell(piece, answer)
+                stage, reason = answer.stage, answer.reason
+                if answer.ok:
+                    stage, reason = "load", supply.take(facts, piece, key, job, answer)
+                if reason:
+                    bad.add((key[0], key[-1]))
+                    reasons.append(f"{piece.about}: {stage}: {reason}")
+        resident = [c.size_bytes for _, key in keyed if (c := supply.loaded.find(key)) is not None]
+        return replace(
+            finding, build_s=total_s if missing else None, resident_bytes=sum(resident),
+            reason="; ".join(reasons[:3]),
+        )  # fmt: skip
+
+    def _judge(self, finding: Finding, old: Arrangement, new: Arrangement) -> Waiting:
+        model, switch = self.model, self.model.switch
+        self.findings.note(finding)
+        known = self.findings.get(finding.label)
+        before = self.findings.chosen
+        is_known = before is not None and before.label == finding.label
+        assert known is not None
+        model.introduce(new)
+        waited_s = 0.0
+        while why := switch.consider(
+            new.plan, finding.label, expected=old.plan,
+            is_known=is_known and finding.structures <= self._means.supply.proven(finding.label),
+        ):  # fmt: skip
+            if model.slot.plan is not old.plan:
+                return
+            self.findings.note(replace(finding, reason=f"waits: {why}"))
+            waited_s += RETRY_S
+            if switch.watched_requests >= WATCHED_MIN or waited_s >= UNWATCHED_S:
+                switch.accept()
+            yield RETRY_S
+        self._verdict = Future()
+        model.attend()
+        outcome: Outcome = yield self._verdict
+        self._verdict = None
+        self.findings.note(_judged(finding, outcome))
+        if outcome.decision == "published":
+            for other in self.findings:
+                if other.state == "chosen" and other.label != finding.label:
+                    self.findings.note(replace(other, state="replaced"))
+            self._means.supply.prove(finding.label, finding.structures)
+
+    # -- helpers
+
+    def _in_order(self, plans: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """What was chosen last comes first."""
+        chosen = self.findings.chosen
+        return sorted(plans, key=lambda plan: chosen is None or plan["label"] != chosen.label)
+
+    def _is_open(self, plan: Mapping[str, Any], facts: Facts) -> bool:
+        """Whether a plan is worth another look.
+
+        Not when it was concluded on nearly the same regions, and a whole graph only on the runtime
+        that won by layers.
+        """
+        found, chosen = self.findings.get(plan["label"]), self.findings.chosen
+        by_layers = chosen is not None and " layers" in chosen.label
+        if chosen is not None and by_layers and plan["layout"] == "whole":
+            is_rival = chosen.label.startswith(plan["backend"])
+            if not is_rival:
+                return False
+        if found is None or found.state in ("building", "on trial", "held", "chosen"):
+            return True
+        fresh = _with_keys(found, self._keyed(facts, pieces_of(plan)))
+        return not found.stands_for(fresh.structures, fresh.shapes)
+
+    def _keyed(self, facts: Facts, pieces: Sequence[Piece]) -> Keyed:
+        versions = self._means.supply.versions()
+        return [(piece, artifact_key(facts, piece, versions[piece.backend])) for piece in pieces]
+
+    def _tell(self, piece: Piece, answer: Answer) -> None:
+        fields = {
+            "graph": self.model.name, "revision": self.revision, "block": piece.blocks[-1],
+            "tier": piece.backend, "options": piece.options.label, "build_s": answer.build_s,
+            "cpu_s": answer.cpu_s, "artifact_bytes": answer.artifact_bytes,
+        }  # fmt: skip
+        events = self.model.settings.events
+        if answer.build_s is not None:
+            events("plan.built", {name: v for name, v in fields.items() if v is not None})
+        proof = {
+            "graph": self.model.name, "revision": self.revision, "block": piece.blocks[-1],
+            "tier": piece.backend, "max_error": answer.max_error, "allowed": answer.allowed,
+        }  # fmt: skip
+        if answer.ok:
+            events("plan.verified", proof)
+        else:
+            events("plan.refused", {**proof, "stage": answer.stage, "reason": answer.reason})
+
+    def _latency_s(self) -> float | None:
+        found = request_seconds(self.model.slot)
+        if found is None and not self.model.slot.is_busy():
+            found = self.model.time_once(self.model.inputs_to_try()[0])
+        return found
+
+    def _warm(self, arrangement: Arrangement) -> None:
+        """Runs a plan once before any request does: first calls allocate, and page weights in."""
+        for inputs in self.model.inputs_to_try():
+            run_plan(arrangement.plan, inputs)
+
+    def _conclude(self, facts: Facts) -> None:
+        """Everything proposed was looked at: what runs is remembered, and what lies under it goes."""
+        chosen = self.findings.chosen
+        if chosen is not None and self.model.arrangement.overlays:
+            self._means.supply.remember(
+                self.model.name, facts, chosen.label, self.model.arrangement
+            )
+            self.model.lighten()
+
+
+def _waves(missing: Keyed) -> list[Keyed]:
+    """One of each structure and options first, then their twins."""
+    first: dict[tuple[str, str], tuple[Piece, ArtifactKey]] = {}
+    for piece, key in missing:
+        first.setdefault((key[0], key[-1]), (piece, key))
+    chosen = {key for _, key in first.values()}
+    return [list(first.values()), [entry for entry in missing if entry[1] not in chosen]]
+
+
+def _runs(keyed: Keyed) -> set[tuple[str, ...]]:
+    return {piece.blocks for piece, _ in keyed}
+
+
+def _nodes_of(facts: Facts, run: tuple[str, ...]) -> int:
+    return sum(len(facts.regions[block].order) for block in run)
+
+
+def _nodes(overlays: Sequence[Overlay]) -> int:
+    return sum(len(overlay.step.nodes) for overlay in overlays)
+
+
+def _with_keys(finding: Finding, keyed: Keyed) -> Finding:
+    return replace(
+        finding,
+        structures=frozenset(key[0] for _, key in keyed),
+        shapes=frozenset(piece.options.label for piece, _ in keyed),
+    )
+
+
+def _judged(finding: Finding, outcome: Outcome) -> Finding:
+    """The finding with what the switch decided."""
+    trial = outcome.trial
+    states: dict[str, State] = {"published": "chosen", "refused": "no gain"}
+    state = states.get(outcome.decision, "failed")
+    return replace(
+        finding,
+        state=state,
+        reason=outcome.reason,
+        ratio=trial.ratio if trial is not None else None,
+        latency_s=trial.buckets[0].candidate_s if trial is not None and trial.buckets else None,
+    )

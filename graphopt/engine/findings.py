@@ -1,0 +1,85 @@
+"""What is known about the ways of running one model: tried, refused, chosen, and why.
+
+A finding outlives the revision it was made on: while most regions of a plan have the structure they
+had, what was concluded about it stands (`stands_for`). `explain` prints findings as they are.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from graphopt.executor.switch import Outcome
+
+SAME_SHARE = 0.75  # of the regions' structures: as long as they are the same, a conclusion stands
+FINDINGS_KEPT = 32
+
+State = Literal["building", "on trial", "chosen", "replaced", "no gain", "failed", "held"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One way of running a model, and what came of it.
+
+    Attributes:
+        label: of the proposal: backend, layout, variant.
+        state: `chosen` was published and not taken back; `replaced` was, until a better one came;
+            `held` waits for a pin to end.
+        reason: for people, with figures.
+        revision: on which it was concluded.
+        structures: keys of the regions it is made of.
+        shapes: labels of the shape variants it has.
+        ratio: time per request over that of the plan it was tried against; None without a trial.
+        latency_s: median of a request on it in its trial; None likewise.
+        build_s: wall time of all builds it took, None when all artifacts were at hand.
+        resident_bytes: memory of its artifacts beyond mapped files.
+    """
+
+    label: str
+    state: State
+    reason: str = ""
+    revision: int = 0
+    structures: frozenset[str] = frozenset()
+    shapes: frozenset[str] = frozenset()
+    ratio: float | None = None
+    latency_s: float | None = None
+    build_s: float | None = None
+    resident_bytes: int | None = None
+
+    def stands_for(self, structures: Iterable[str], shapes: Iterable[str]) -> bool:
+        """Whether the conclusion holds for a plan of these regions and shape variants."""
+        wanted = set(structures)
+        same = len(wanted & self.structures)
+        is_same_shapes = set(shapes) <= self.shapes
+        return is_same_shapes and bool(wanted) and same >= SAME_SHARE * len(wanted)
+
+
+class Findings:
+    """The findings about one model, in the order they were made."""
+
+    def __init__(self) -> None:
+        self._by_label: dict[str, Finding] = {}
+
+    def note(self, finding: Finding) -> None:
+        """Takes the place of an older finding of that label."""
+        self._by_label.pop(finding.label, None)
+        self._by_label[finding.label] = finding
+        while len(self._by_label) > FINDINGS_KEPT:
+            self._by_label.pop(next(iter(self._by_label)))
+
+    def get(self, label: str) -> Finding | None:
+        """The finding about a label."""
+        return self._by_label.get(label)
+
+    def take_back(self, outcome: Outcome) -> None:
+        """A plan that ran was found worse: its finding says why."""
+        found = self._by_label.get(str(outcome.key))
+        if found is not None:
+            self.note(replace(found, state="no gain", reason=f"taken back: {outcome.reason}"))
+
+    @property
+    def chosen(self) -> Finding | None:
+        """The way that runs, if it was chosen by trial."""
+        return next((f for f in self._by_label.values() if f.state == "chosen"), None)
+
+    def __iter__(self) -> Iterator[Finding]:
+        return iter(list(self._by_label.values()))

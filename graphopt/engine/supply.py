@@ -1,0 +1,156 @@
+"""Artifacts on their way into the serving process: from disk where they lie already, else from the
+builder.
+
+What is loaded stays on a shelf in memory while a plan uses it, and a while longer within a bound;
+what was built stays on disk within another. Loading compiles nothing (law 5). Every method is called
+on the background thread.
+"""
+
+import json
+from collections.abc import Set
+from pathlib import Path
+
+from graphopt.analysis.facts import Facts
+from graphopt.builder.records import Answer
+from graphopt.engine.artifact_entry import Verified, name_of
+from graphopt.engine.artifacts import ArtifactCache
+from graphopt.engine.assembly import Piece, artifact_key
+from graphopt.engine.builder_jobs import BuildJob
+from graphopt.engine.fingerprint import host_fingerprint
+from graphopt.engine.live import Clocks
+from graphopt.engine.measured import KnownPlan, Measured
+from graphopt.engine.records import EngineSettings
+from graphopt.engine.shelf import Candidate, Shelf
+from graphopt.errors import GraphoptError
+from graphopt.executor.arrangement import Arrangement, ArtifactKey
+from graphopt.executor.backend import BackendMissingError, backends, options_of
+from graphopt.executor.runs import run_region
+
+Keyed = list[tuple[Piece, ArtifactKey]]
+
+
+class Supply:
+    """The artifacts of one process."""
+
+    def __init__(self, folder: Path, settings: EngineSettings, clocks: Clocks) -> None:
+        self.loaded = Shelf()
+        self._settings = settings
+        self._versions: dict[str, str] | None = None
+        self._pinned: set[ArtifactKey] = set()
+        host = host_fingerprint()
+        self._measured = Measured(
+            folder, host, clocks.wall_s, lambda reason: self._dropped("measured", reason)
+        )
+        self._cache = ArtifactCache(
+            folder, host, bytes_max=settings.artifacts_bytes_max, on_drop=self._dropped,
+            is_wanted=lambda name: name in map(name_of, self._measured.wanted()),
+        )  # fmt: skip
+
+    def versions(self) -> dict[str, str]:
+        """The backends that are there, with their versions; a missing one is said once."""
+        if self._versions is None:
+            self._versions = {}
+            for name, backend in backends().items():
+                try:
+                    self._versions[name] = backend.version()
+                except BackendMissingError as missing:
+                    self._settings.events(
+                        "backend.missing", {"backend": name, "reason": str(missing)}
+                    )
+        return self._versions
+
+    def job(self, model: str, revision: int, piece: Piece) -> BuildJob:
+        """The job that makes an artifact, in a fresh folder."""
+        folder = self._cache.new_folder()
+        return BuildJob(model, revision, piece.blocks, piece.backend, piece.options, folder)
+
+    def fetch(self, facts: Facts, piece: Piece, key: ArtifactKey) -> bool:
+        """Whether the artifact is in memory now: it was, or it was loaded from disk."""
+        if self.loaded.find(key) is not None:
+            return True
+        found = self._cache.find(key)
+        if found is None:
+            return False
+        try:
+            self._load(facts, piece, key, found.folder)
+        except GraphoptError as error:
+            self._cache.drop(key, f"it does not load: {error}")
+            return False
+        return True
+
+    def take(
+        self, facts: Facts, piece: Piece, key: ArtifactKey, job: BuildJob, answer: Answer
+    ) -> str:
+        """Keeps and loads what the builder made and proved; the reason when that cannot be done."""
+        verified = Verified(answer.max_error, answer.allowed, answer.n_samples)
+        try:
+            folder = self._cache.put(key, job.folder, verified).folder
+            self._load(facts, piece, key, folder)
+        except GraphoptError as error:
+            self._cache.drop(key, f"it does not load: {error}")
+            return str(error)
+        return ""
+
+    def recall(self, model: str, facts: Facts) -> tuple[str, Keyed] | None:
+        """What ran for this very graph, loaded; None when it is not known or not at hand."""
+        known = self._measured.recall(model, facts.graph.hash)
+        if known is None:
+            return None
+        keyed: Keyed = []
+        for blocks, key in known.steps:
+            piece = Piece(blocks, key[2], options_of(json.loads(key[4])))
+            is_there = self.versions().get(piece.backend) == key[3]
+            if not is_there or any(block not in facts.regions for block in blocks):
+                return None
+            if artifact_key(facts, piece, key[3]) != key or not self.fetch(facts, piece, key):
+                return None
+            keyed.append((piece, key))
+        return known.label, keyed
+
+    def remember(self, model: str, facts: Facts, label: str, arrangement: Arrangement) -> None:
+        """Notes what runs for this graph, for `recall` in this or a later process."""
+        steps = tuple(
+            (overlay.step.blocks, key)
+            for overlay in arrangement.overlays
+            for key in overlay.artifacts
+        )
+        self._measured.remember(model, facts.graph.hash, KnownPlan(label, steps))
+        self._measured.save()
+
+    def forget(self, model: str, graph_hash: str, label: str) -> None:
+        """What ran for a graph was taken back."""
+        self._measured.forget(model, graph_hash)
+        self._measured.disprove(label)
+        self._measured.save()
+
+    def proven(self, label: str) -> frozenset[str]:
+        """Structures of regions that a way of running was chosen with on this host."""
+        return self._measured.proven(label)
+
+    def prove(self, label: str, structures: frozenset[str]) -> None:
+        """That way of running was chosen by trial with these structures."""
+        self._measured.prove(label, structures)
+
+    def trim(self, used: Set[ArtifactKey]) -> None:
+        """Lets go of what no plan with a role runs, beyond the bounds."""
+        if self.loaded.wants_trim():
+            self.loaded.trim(used.__contains__)
+            for key in self._pinned - self.loaded.keys():
+                self._pinned.discard(key)
+                self._cache.unpin(key)
+
+    def close(self) -> None:
+        """Writes what was learned."""
+        self._measured.save()
+
+    def _load(self, facts: Facts, piece: Piece, key: ArtifactKey, folder: Path) -> None:
+        region = run_region(facts, piece.blocks)
+        constants = [facts.graph.constants[name].tensor for name in region.consts]
+        loaded = backends()[piece.backend].load(folder, constants, piece.options)
+        self.loaded.put(key, Candidate(piece.backend, loaded.function, (), loaded.resident_bytes))
+        if key not in self._pinned:
+            self._pinned.add(key)
+            self._cache.pin(key)
+
+    def _dropped(self, name: str, reason: str) -> None:
+        self._settings.events("artifact.dropped", {"artifact": name, "reason": reason})

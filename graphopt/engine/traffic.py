@@ -1,0 +1,32 @@
+"""What the recorded latencies say about a model's traffic: which shapes are hot, how long a request takes."""
+
+from graphopt.executor.plan import bucket_symbols
+from graphopt.executor.publish import Slot
+
+HOT_MAX = 4  # shapes with artifacts of their own: each costs a build and packed weights
+HOT_REQUESTS_MIN = 32
+HOT_SHARE_MIN = 0.1  # of the requests remembered
+
+
+def hot_buckets(slot: Slot) -> list[dict[str, int]]:
+    """The sizes of the dynamic dims, by name, in the shapes that most requests have; hottest first.
+
+    Empty for a model without dynamic dims.
+    """
+    names = bucket_symbols(slot.plan)
+    counts = {
+        bucket: n for bucket, n in slot.latencies.traffic().items() if len(bucket) == len(names)
+    }
+    total = sum(counts.values())
+    hot = [
+        bucket
+        for bucket, n in sorted(counts.items(), key=lambda item: -item[1])
+        if names and n >= HOT_REQUESTS_MIN and n >= HOT_SHARE_MIN * total
+    ]
+    return [dict(zip(names, bucket, strict=True)) for bucket in hot[:HOT_MAX]]
+
+
+def request_seconds(slot: Slot) -> float | None:
+    """The median of a request of the published plan in the shape it has run most; None without one."""
+    found = slot.latencies.by_bucket(slot.plan.id).values()
+    return max(found, key=lambda each: each.requests).median_s if found else None
