@@ -34,6 +34,7 @@ class Sheet:
     version: str
     reads: tuple[str, ...]
     exits: tuple[str, ...]
+    echoes: tuple[tuple[int, int], ...]  # exits that are reads as they came
     n_symbols: int
     scalars: tuple[int, ...]
     guards: tuple[Guard, ...]
@@ -43,6 +44,11 @@ class Sheet:
     def exit_types(self) -> list[TensorType]:
         """The types of the exits, settled where sizes are fixed."""
         return [self._settled(text) for text in self.exits]
+
+    def computed_types(self) -> list[TensorType]:
+        """The types of the exits that the runtime computes."""
+        echoes = dict(self.echoes)
+        return [type_ for i, type_ in enumerate(self.exit_types()) if i not in echoes]
 
     def read_types(self) -> list[TensorType]:
         """The types of the reads."""
@@ -74,6 +80,7 @@ def sheet_of(
         version,
         tuple(text(facts.type_of(ref)) for ref in region.reads),
         tuple(text(facts.type_of(ref)) for ref in region.exits),
+        written.echoes,
         len(region.symbols),
         written.scalars,
         written.guards,
@@ -106,6 +113,7 @@ def read_sheet(folder: Path, runtime: str, version: str) -> Sheet:
             document["version"],
             tuple(document["reads"]),
             tuple(document["exits"]),
+            tuple((exit_, read) for exit_, read in document["echoes"]),
             document["n_symbols"],
             tuple(document["scalars"]),
             tuple(Guard(**guard) for guard in document["guards"]),

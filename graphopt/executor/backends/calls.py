@@ -68,11 +68,12 @@ class Calls:
         self._n_symbols = sheet.n_symbols
         self._reads = [_plain(type_) for type_ in sheet.read_types()]
         self._read_dtypes = [type_.dtype for type_ in sheet.read_types()]
-        self._exit_types = sheet.exit_types()
+        self._exit_types = sheet.computed_types()
+        self._echoes = sheet.echoes
         self._dtypes = [TORCH_DTYPES[type_.dtype] for type_ in self._exit_types]
         fixed = [_plain(type_) for type_ in self._exit_types]
-        self._fixed = [shape for shape in fixed if shape is not None]
-        self._is_fixed = len(self._fixed) == len(fixed)
+        self._fixed = [shape or () for shape in fixed]
+        self._is_fixed = None not in fixed
         self._shapes: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
         self._stage_read = [
             shape is not None and _n_bytes(shape, type_.dtype) <= STAGED_BYTES_MAX
@@ -110,6 +111,8 @@ class Calls:
         for index, staged in enumerate(lane.staged_exits):
             if staged is not None:
                 outs[index] = staged.clone()
+        for position, read in self._echoes:
+            outs.insert(position, args[read].clone(memory_format=torch.contiguous_format))
         del held
         self._pool.append(lane)  # after a failure it is not: its state is unknown
         return outs[0] if len(outs) == 1 else tuple(outs)

@@ -33,6 +33,7 @@ from graphopt.executor.backends.translate import translate, why_not
 
 MODEL, DERIVED = "model.onnx", "derived.bin"
 _ALL = "all.bin"  # what the runtime writes; gone when `build` returns
+INLINE_BYTES_MAX = 4096  # of an initializer of integers: axes, pads, shapes
 _TYPES = {"f32": 1, "i32": 6, "i64": 7, "bool": 9}  # onnx.TensorProto.DataType
 _NUMPY = {1: np.float32, 6: np.int32, 7: np.int64, 9: np.bool_}
 _PREPACKED = frozenset({"Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Conv", "FusedConv"})
@@ -52,6 +53,7 @@ class OnnxRuntimeBackend:
     )  # fmt: skip
     absent: ClassVar[frozenset[str]] = frozenset()
     flat_linear: ClassVar[bool] = True
+    knows_causal: ClassVar[bool] = False
 
     def version(self) -> str:
         """See `Backend`."""
@@ -73,7 +75,7 @@ class OnnxRuntimeBackend:
             target = OnnxTarget()
             written = translate(facts, region, target, self, options.sizes)
             sheet = sheet_of(facts, region, written, self.name, version, options.sizes)
-            model = target.model(written.exits, sheet.exit_types())
+            model = target.model(written.exits, sheet.computed_types())
             settings = self._settings(options, optimise=True)
             self._give(settings, {f"w{i}": _array(constants[i]) for i in sorted(target.weights)})
             settings.optimized_model_filepath = str(folder / MODEL)
@@ -179,6 +181,11 @@ def _leave_weights_out(folder: Path, constants: Sequence[torch.Tensor]) -> None:
             entries = {entry.key: entry.value for entry in tensor.external_data}
             start, length = int(entries["offset"]), int(entries["length"])
             data = written[start : start + length]
+            if length <= INLINE_BYTES_MAX and tensor.data_type != _TYPES["f32"]:
+                del tensor.external_data[:]  # shape inference reads integers from the model alone
+                tensor.data_location = onnx.TensorProto.DEFAULT
+                tensor.raw_data = data.tobytes()
+                continue
             if _is_constant(tensor.name, data, constants):
                 entries |= {"location": OUTSIDE, "offset": "0"}
             else:
@@ -218,7 +225,7 @@ def _packed_bytes(model: Any) -> int:
 def _slots(library: Any, session: Any, sheet: Sheet, kept: object) -> "Callable[[], _Binding]":
     reads = [(f"x{i}", type_.dtype) for i, type_ in enumerate(sheet.read_types())]
     reads += [(f"s{position}", "i64") for position in sheet.scalars]
-    exits = [(f"y{i}", type_.dtype) for i, type_ in enumerate(sheet.exit_types())]
+    exits = [(f"y{i}", type_.dtype) for i, type_ in enumerate(sheet.computed_types())]
 
     def make() -> _Binding:
         assert kept is not None  # held here: the session reads from that memory

@@ -52,6 +52,7 @@ class OpenVinoBackend:
 
     absent: ClassVar[frozenset[str]] = frozenset()
     flat_linear: ClassVar[bool] = False
+    knows_causal: ClassVar[bool] = True
 
     def version(self) -> str:
         """See `Backend`."""
@@ -78,7 +79,7 @@ class OpenVinoBackend:
             target = OpenVinoTarget(attention_in_parts=in_parts)
             written = translate(facts, region, target, self, options.sizes)
             _check_integers(facts, region)
-            model = self._library.Model(list(written.exits), target.parameters, "region")
+            model = target.model(written.exits)
             compiled = self._core.compile_model(model, "CPU", _settings(options))
             with (folder / BLOB).open("wb") as file:
                 file.write(compiled.export_model().getbuffer())
@@ -148,7 +149,7 @@ def _narrow_reads(sheet: Sheet) -> list[Guard]:
 
 def _slots(library: Any, compiled: Any, sheet: Sheet, blob: Any) -> Callable[[], "_Request"]:
     reads = [type_.dtype for type_ in sheet.read_types()] + ["i64"] * len(sheet.scalars)
-    exits = [type_.dtype for type_ in sheet.exit_types()]
+    exits = [type_.dtype for type_ in sheet.computed_types()]
 
     def make() -> _Request:
         assert blob is not None  # held here: what was imported reads from the mapping

@@ -6,7 +6,7 @@ The library is imported when a target is made. Deliberately absent: what runs th
 (`graphopt.executor.backends.openvino`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -56,6 +56,11 @@ class OpenVinoTarget:
         self._attention_in_parts = attention_in_parts
         self.parameters: list[Node] = []
         self.kept: list[torch.Tensor] = []  # their memory is the model's
+
+    def model(self, exits: Sequence[Node]) -> Any:
+        """The description; `exits` are the handles of its results."""
+        results = [self._ops.result(node) for node in exits]
+        return self._library.Model(results, self.parameters, "region")
 
     def parameter(self, index: int, type_: TensorType) -> Node:
         """See `Target`."""

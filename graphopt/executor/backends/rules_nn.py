@@ -11,6 +11,7 @@ import torch
 from graphopt.dims import Dim
 from graphopt.executor.backends.rule_table import Args, fixed, number, pair, rule
 from graphopt.executor.backends.rules_math import flags_reduced
+from graphopt.executor.backends.rules_shape import lower_triangle
 from graphopt.executor.backends.tape import Tape, broadcast_or_decline
 from graphopt.executor.backends.target import DeclinedError, Value
 from graphopt.types import TensorType
@@ -74,6 +75,9 @@ def _attention(t: Tape, a: Args, out: TensorType) -> Value:
     causal, alive = a["is_causal"], None
     if causal and mask is not None:
         raise DeclinedError("a mask and is_causal")
+    rows, columns = q.shape[-2], k.shape[-2]
+    if causal and not (t.capabilities.knows_causal and rows == columns):
+        causal, mask = False, lower_triangle(t, rows, columns)
     if mask is not None:
         mask, alive = _additive(t, mask)
     batch = broadcast_or_decline(broadcast_or_decline(q.shape[:-2], k.shape[:-2]), v.shape[:-2])

@@ -292,7 +292,7 @@ def _gather(t: Tape, a: Args, out: TensorType) -> Value:
     return t.call("gather_elements", [x, index], x.dtype, out.shape, axis=axis)
 
 
-@rule("index.Tensor", "_unsafe_index.Tensor")
+@rule("_unsafe_index.Tensor")
 def _index(t: Tape, a: Args, out: TensorType) -> Value:
     x: Value = a["self"]
     given = [(i, index) for i, index in enumerate(a["indices"]) if index is not None]
@@ -357,12 +357,27 @@ def _triu(t: Tape, a: Args, out: TensorType) -> Value:
 
 def _triangle(t: Tape, a: Args, kind: str) -> Value:
     x: Value = a["self"]
-    rows, columns = (_positions(t, dim) for dim in x.shape[-2:])
-    limit = t.add(rows, t.scalar(int(number(a["diagonal"], "the diagonal")), "i64"))
-    kept = t.compare(kind, columns, t.reshape(limit, (x.shape[-2], 1)))
+    diagonal = int(number(a["diagonal"], "the diagonal"))
+    kept = _beside_diagonal(t, x.shape[-2], x.shape[-1], diagonal, kind)
     if x.dtype == "bool":
         return t.binary("and", x, kept)
     return t.where(kept, x, t.scalar(0, x.dtype))
+
+
+def lower_triangle(t: Tape, rows: Dim, columns: Dim) -> Value:
+    """Flags of a matrix that are true up to the diagonal; one a size, for several layers."""
+    key = ("triangle", rows, columns)
+    if key not in t.remembered:
+        t.remembered[key] = _beside_diagonal(t, rows, columns, 0, "le")
+    return t.remembered[key]
+
+
+def _beside_diagonal(t: Tape, rows: Dim, columns: Dim, diagonal: int, kind: str) -> Value:
+    if isinstance(rows, int) and isinstance(columns, int):
+        ones = torch.ones(rows, columns, dtype=torch.bool)
+        return t.constant(ones.tril(diagonal) if kind == "le" else ones.triu(diagonal))
+    limit = t.add(_positions(t, rows), t.scalar(diagonal, "i64"))
+    return t.compare(kind, _positions(t, columns), t.reshape(limit, (rows, 1)))
 
 
 def _positions(t: Tape, size: Dim) -> Value:

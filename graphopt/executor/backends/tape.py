@@ -69,6 +69,8 @@ class Tape:
             if value.data is not None:
                 position = self._positions.get(id(value.data))
                 handle = self.target.constant(value.data, position)
+                if value.data.numel() <= 1:
+                    return handle  # one a use: OpenVINO's code generator asks for it
             else:
                 assert value.lean is not None
                 operands = [self.handle(value.lean), self._expansion(value.lean.shape, value.shape)]

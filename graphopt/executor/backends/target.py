@@ -123,6 +123,7 @@ class Capabilities(Protocol):
     integers: ClassVar[frozenset[str]]  # kinds that may be given integers
     absent: ClassVar[frozenset[str]]  # kinds without an exact kernel
     flat_linear: ClassVar[bool]  # a linear takes a matrix only
+    knows_causal: ClassVar[bool]  # attention takes `causal` for square scores
 
 
 class Rehearsal:

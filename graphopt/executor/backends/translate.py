@@ -60,10 +60,13 @@ class Guard:
 class Written:
     """A region on a target: the handles of its exits, and what a call has to know.
 
-    `scalars` are the positions in `Region.symbols` of those that are inputs, after the reads.
+    `echoes` maps exits that are reads as they came to those reads: the target has no part in them
+    (OpenVINO computes nonsense where an input is an output). `scalars` are the positions in
+    `Region.symbols` of those that are inputs, after the reads.
     """
 
-    exits: tuple[Any, ...]
+    exits: tuple[Any, ...]  # those that are no echoes, in order
+    echoes: tuple[tuple[int, int], ...]
     scalars: tuple[int, ...]
     guards: tuple[Guard, ...]
 
@@ -86,8 +89,13 @@ def translate(
                 walk.run(id)
             except DeclinedError as declined:
                 raise DeclinedError(f"{id}: {declined}") from declined
-    exits = tuple(walk.tape.handle(walk.value(ref)) for ref in region.exits)
-    return Written(exits, tuple(walk.scalars), tuple(walk.guards))
+    echoes = walk.echoes()
+    exits = tuple(
+        walk.tape.handle(walk.value(ref)) for i, ref in enumerate(region.exits) if i not in echoes
+    )
+    if not exits:
+        raise DeclinedError("it computes nothing: every exit is a read")
+    return Written(exits, tuple(echoes.items()), tuple(walk.scalars), tuple(walk.guards))
 
 
 def why_not(facts: Facts, region: Region, capabilities: Capabilities) -> dict[str, str]:
@@ -177,6 +185,17 @@ class _Walk:
 
     def value(self, ref: Ref) -> Value:
         return self.values[ref]
+
+    def echoes(self) -> dict[int, int]:
+        """The exits that are reads as they came, each with the read."""
+        reads = [self.values[ref] for ref in self.region.reads]
+        found = {}
+        for i, ref in enumerate(self.region.exits):
+            value = self.values[ref]
+            for position, read in enumerate(reads):
+                if value.handle is read.handle and value.shape == read.shape:
+                    found[i] = position
+        return found
 
     def assume(self, id: str) -> None:
         """Goes on as if a declined node had been written."""
