@@ -6,7 +6,7 @@ that drift of the host and cycles of the traffic fall on both alike. A block is 
 the second is measured: after the other plan the first one finds caches and spinning thread pools of
 that plan (an eager step beside a spinning runtime was measured at 13.1 ms where it takes 7.9). The
 measured requests of two neighbouring blocks make a pair; `signed_rank` judges the log ratios of the
-pairs, bucket by bucket, weighted by traffic. A big difference ends the trial after 8 pairs; without
+pairs, bucket by bucket, weighted by traffic. A big difference ends the trial after 7 pairs; without
 one it ends at `pairs_max` with the answer that nothing is gained.
 
 Swapping the two plans mirrors the verdict. Deliberately absent: the clock, threads, and what follows
@@ -65,8 +65,9 @@ class TrialSettings:
 ACCEPTANCE = TrialSettings()
 """Of a candidate against the published plan."""
 
-CONFIRMATION = TrialSettings(margin=0.05, pairs_max=24)
-"""Of the last good plan against one under alarm: may end after 6 pairs; 5% is not worth a rollback."""
+CONFIRMATION = TrialSettings(margin=0.05, alpha=0.10, pairs_max=22, warmup_pairs=0)
+"""Of the last good plan against one under alarm: may end after 5 pairs, since the alarm is evidence
+too and the last good plan is no risk; 5% is not worth a rollback."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +147,15 @@ class Trial:
         self.result: TrialResult | None = None
         self._weights = weights
         self._spending = Spending(settings.alpha)
-        self._next_look = 1
+        # The first look that could decide: all pairs of one sign.
+        self._next_look = next(
+            (
+                count
+                for count in range(1, settings.pairs_max)
+                if count >= pairs_needed(self._spending.level(count / settings.pairs_max))
+            ),
+            settings.pairs_max,
+        )
         self._lanes: dict[Bucket, _Lane] = {}
         self._positions: dict[Bucket, itertools.count[int]] = {}
         self._fresh: deque[tuple[Bucket, int, float]] = deque(maxlen=4 * UNPAIRED_MAX)
