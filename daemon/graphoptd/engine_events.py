@@ -12,16 +12,16 @@ thread the event happens on.
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 from graphopt.errors import StateFailedError
+from graphoptd.better_events import BETTER, better_fields, cut, emit_better, number
 from graphoptd.events import LOGGER, emit
 
 Fields = Mapping[str, Any]
 _NOBODY: Fields = MappingProxyType({})
-
-_ERROR_CHARS_MAX = 4_096
 
 
 @dataclass(slots=True)
@@ -62,6 +62,7 @@ class EngineEvents:
             "plan.refused": self._refused,
             "plan.published": self._published,
             "builder.failed": self._failed,
+            **{name: partial(emit_better, name) for name in BETTER},
         }
 
     def __call__(self, name: str, fields: Fields) -> None:
@@ -109,7 +110,7 @@ class EngineEvents:
         emit(
             "delta.rejected",
             **_of(fields, "graph revision code where remedy"),
-            message=_cut(fields["message"]),
+            message=cut(fields["message"]),
             delta_id=fields.get("delta"),
             **self._origin(),
         )
@@ -129,26 +130,14 @@ class EngineEvents:
             proofs.tolerance = max(proofs.tolerance, float(fields.get("allowed") or 0.0))
 
     def _refused(self, fields: Fields) -> None:
-        emit(
-            "plan.refused",
-            **_of(fields, "graph revision block"),
-            reason=_cut(fields["reason"]),
-            backend=fields.get("tier"),
-            error_max=_number(fields.get("max_error")),
-            tolerance=_number(fields.get("allowed")),
-        )
+        emit("plan.refused", **better_fields(fields))
 
     def _published(self, fields: Fields) -> None:
         self._tell_proofs(fields["graph"])
-        emit(
-            "plan.published",
-            **_of(fields, "graph revision from_plan_id"),
-            plan_id=fields.get("plan_id") or fields["plan"],
-            tiers=dict(fields["tiers"]),
-        )
+        emit("plan.published", **better_fields(fields))
 
     def _failed(self, fields: Fields) -> None:
-        emit("builder.failed", job=fields["job"], message=_cut(fields["message"]))
+        emit("builder.failed", job=fields["job"], message=cut(fields["message"]))
 
     def _tell_proofs(self, graph: str) -> None:
         with self._lock:
@@ -159,19 +148,10 @@ class EngineEvents:
                 graph=graph,
                 revision=proofs.revision,
                 blocks=proofs.blocks,
-                error_max=_number(proofs.error_max),
-                tolerance=_number(proofs.tolerance),
+                error_max=number(proofs.error_max),
+                tolerance=number(proofs.tolerance),
             )
 
 
 def _of(fields: Fields, names: str) -> dict[str, Any]:
     return {name: fields[name] for name in names.split() if fields.get(name) is not None}
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _ERROR_CHARS_MAX else text[:_ERROR_CHARS_MAX] + "..."
-
-
-def _number(value: float | None) -> float | None:
-    """The number, or None for one that JSON has no word for."""
-    return value if value is not None and value - value == 0 else None

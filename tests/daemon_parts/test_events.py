@@ -68,7 +68,7 @@ def test_the_tables_are_consistent() -> None:
 
 DESIGN_LIST = (
     *("delta.applied", "delta.rejected", "plan.built", "plan.verified", "plan.refused"),
-    *("plan.published", "plan.rolled_back", "plan.retired", "signal.capabilities"),
+    *("plan.published", "plan.rolled_back", "signal.capabilities"),
     *("signal.degraded", "signal.restored", "feedback.acted", "config.reloaded"),
     *("config.rejected", "control.denied", "pin.expired", "limit.reached"),
 )
