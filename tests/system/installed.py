@@ -24,6 +24,8 @@ INSTALL_TIMEOUT_S = 280.0
 PLAIN = "state: {path: /var/lib/graphoptd}\n"
 # Restarts come sooner than in production, to spare time; nothing is left of what is aborted on purpose.
 DROP_IN = "[Service]\nRestartSec=100ms\nLimitCORE=0\n"
+# Five starts are counted together however slow the machine is.
+SOCKET_DROP_IN = "[Socket]\nTriggerLimitIntervalSec=1h\n"
 
 
 class Installed:
@@ -43,6 +45,7 @@ class Installed:
             manager.run("install", "-d", "-m", "700", "-o", user, "-g", user, f"/home/{user}")
         save_bundle(pair(), manager.root / BUNDLE.lstrip("/"))
         manager.write(f"{DROP_INS}/test.conf", DROP_IN)
+        manager.write("/etc/systemd/system/graphoptd-data.socket.d/test.conf", SOCKET_DROP_IN)
         manager.systemctl("daemon-reload")
         # As `make install` says at its end; the sockets come with it.
         manager.systemctl("enable", SERVICE)
