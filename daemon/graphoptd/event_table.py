@@ -173,7 +173,7 @@ FIELDS: Mapping[str, Field] = _fields(
     ("ratio_high", "number", "", "upper bound of the ratio"),
     ("pairs", "integer", "count", "paired measurements that a trial rests on"),
     ("backoff_s", "number", "s", "how long a candidate is not tried again"),
-    ("until_s", "number", "s since 1970", "when a pin ends by itself"),
+    ("until_s", "number", "s", "when a pin ends by itself, since 1970"),
     ("predicted_ms", "number", "ms", "latency that the cost model expects"),
     ("measured_ms", "number", "ms", "latency that was measured"),
     ("from_predicted_ms", "number", "ms", "prediction for what is replaced"),

@@ -63,6 +63,7 @@ class Campaign:
         self._course = self._run()
         self._waits_for: Future[Any] | None = None
         self._verdict: Future[Outcome] | None = None
+        self._asked: list[Future[Answer]] = []  # of the builder, for the plan at hand
 
     def step(self, wake: Callable[[], None]) -> float | None:
         """Goes on as far as possible.
@@ -71,14 +72,14 @@ class Campaign:
         """
         value: Any = None
         while not self.is_over:
+            if self.model.revision != self.revision:
+                self.close()
+                return None
             if self._waits_for is not None:
                 if not self._waits_for.done():
                     return None
                 waited, self._waits_for = self._waits_for, None
                 value = waited
-            if self.model.revision != self.revision:
-                self.close()
-                return None
             try:
                 asked = self._resume(value)
             except StopIteration:
@@ -102,6 +103,8 @@ class Campaign:
         if not self.is_over:
             self.is_over = True
             self._course.close()
+            for future in self._asked:
+                future.cancel()
 
     def _resume(self, done: Any) -> Any:
         if not isinstance(done, Future):
@@ -117,9 +120,9 @@ class Campaign:
         if link is None or not self._means.supply.versions():
             return
         facts = self.model.facts
-        if self._recall(facts):
-            return
         buckets = hot_buckets(self.model.slot)
+        if not self.model.arrangement.overlays and self._recall(facts) and not buckets:
+            return
         link.set_requests(self.model.name, self.model.requests())
         document = {
             "backends": list(self._means.supply.versions()),
@@ -195,6 +198,7 @@ class Campaign:
                 if (key[0], key[-1]) not in bad:
                     job = supply.job(self.model.name, self.revision, piece)
                     asked.append((piece, key, job, link.build(job)))
+            self._asked = [future for *_, future in asked]
             for piece, key, job, future in asked:
                 answer: Answer = yield future
                 if answer.stage not in (CANCELLED, OFF):
