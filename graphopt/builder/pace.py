@@ -31,7 +31,7 @@ WAITING = 0.5  # of the time in a queue: below it, whoever runs little wants lit
 STARVING = 0.8  # of the floor: nice 10 beside one busy thread is worth 9.7%
 CALM = 0.2  # of the time in a queue: above it somebody else wants the cores too
 PATIENCE = 2  # observations in a row before a step up
-RELIEF = 4  # observations in a row before a step down
+RELIEF = 4  # observations in a row before a step down, or the end of a starved episode
 _NICE_MOST = 19
 
 Threads = Mapping[int, tuple[float, float]]
@@ -58,7 +58,8 @@ class Pacer:
         self.top = len(_LADDERS[policy]) - 1
         self.active_s = 0.0  # passed without waiting for a core: what deadlines count
         self._base = [0.0, 0.0]  # seconds run and waited at the base level
-        self._hungry = self._calm = 0
+        self._hungry = self._calm = self._fed = 0  # observations in a row
+        self._is_starved = False
         self._last: tuple[float, Threads] | None = None
 
     @property
@@ -85,19 +86,24 @@ class Pacer:
         is_sated = waiting < CALM or share * 100 > 2 * self.floor_pct
         self._hungry = self._hungry + 1 if is_hungry else 0
         self._calm = self._calm + 1 if is_sated else 0
-        is_starved = self._hungry >= PATIENCE and self.level == self.top
+        self._fed = 0 if is_hungry else self._fed + 1
+        if self._hungry >= PATIENCE and self.level == self.top:
+            self._is_starved = True
+        elif self._fed >= RELIEF or self.level < self.top:
+            self._is_starved = False
         if self._hungry >= PATIENCE and self.level < self.top:
             self.level, self._hungry = self.level + 1, 0
         elif self.level and waiting < CALM:
-            self.level = 0
+            self.level, self._is_starved = 0, False
         elif self.level and self._calm >= RELIEF:
             self.level, self._calm = self.level - 1, 0
-        return Pace(self.level, 100 * share, 100 * (share + waiting), is_starved)
+        return Pace(self.level, 100 * share, 100 * (share + waiting), self._is_starved)
 
     def pause(self) -> None:
         """Ends a series: what passes until the next observation counts for nothing."""
         self._last = None
-        self._hungry = self._calm = 0
+        self._hungry = self._calm = self._fed = 0
+        self._is_starved = False
 
     def refused(self, level: int) -> None:
         """The host does not let the builder go to `level`: it and those above it are off."""

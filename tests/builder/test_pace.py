@@ -1,6 +1,7 @@
 """The floor of the builder: when it is lifted, when it falls back, and when it says that it starves."""
 
 import os
+import subprocess
 
 import pytest
 from hypothesis import given
@@ -40,6 +41,12 @@ def test_below_the_floor_it_climbs_and_only_at_the_top_it_says_that_it_starves()
     assert [host.give(0.4, 99) for _ in range(8)] == [
         (0, False), (1, False), (1, False), (2, False), (2, False), (3, False), (3, False), (3, True),
     ]  # fmt: skip
+
+
+def test_an_episode_of_starving_ends_when_it_has_been_fed_for_a_while() -> None:
+    host = Host()
+    host.give(0.4, 99, 8)
+    assert [host.give(share, 85)[1] for share in (12, 1, 12, 12, 12, 12)] == [True] * 5 + [False]
 
 
 def test_at_about_the_floor_it_stays_where_it_is() -> None:
@@ -107,3 +114,15 @@ def test_the_kernel_tells_what_our_own_threads_got() -> None:
 def test_a_process_that_is_gone_cannot_be_lifted_and_that_is_no_fault() -> None:
     assert apply_level(IDLE, 2**22 + 1, 2)
     assert apply_level(AUTOGROUP, 2**22 + 1, 2)
+
+
+def test_a_process_is_lifted_where_the_host_lets_us_and_put_back() -> None:
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
+        assert apply_level(IDLE, process.pid, 0)
+        assert os.sched_getscheduler(process.pid) == os.SCHED_IDLE
+        if apply_level(IDLE, process.pid, 1):
+            assert os.sched_getscheduler(process.pid) == os.SCHED_OTHER
+            assert os.getpriority(os.PRIO_PROCESS, process.pid) >= 10
+        assert apply_level(IDLE, process.pid, 0)
+        assert os.sched_getscheduler(process.pid) == os.SCHED_IDLE
+        process.communicate()
