@@ -21,9 +21,7 @@ import numpy as np
 import torch
 
 from benchmarks import zoo
-from benchmarks.zoo import Network
-
-TRACED_BATCH = 2  # torch.export takes a dim of size 1 for a constant
+from benchmarks.zoo import TRACED_BATCH, Network
 
 
 def write_references(network: Network, batches: list[int], folder: Path) -> None:
@@ -111,12 +109,15 @@ def main() -> None:
     parser.add_argument("--batches", default="1,8")
     parser.add_argument("--systems", default="")
     parser.add_argument("--folder", type=Path)
+    parser.add_argument("--bundle", action="store_true", help="graphopt's own file as well")
     options = parser.parse_args()
     if options.model:
         network = zoo.build(options.model)
         options.folder.mkdir(parents=True, exist_ok=True)
         write_references(network, [int(b) for b in options.batches.split(",")], options.folder)
         write_exports(network, options.folder, options.systems.split(","))
+        if options.bundle:
+            network.graph().save(options.folder / "bundle")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """The fused tier against the eager one, whole plans, six imported families, interleaved runs.
 
-    python -m benchmarks.fused_tier [--families bert,vit] [--rounds 30] [--threads 1] [--tokens 64]
+    python -m benchmarks.fused_tier [--families minilm,vit-tiny] [--rounds 30] [--threads 1] [--tokens 64]
     python -m benchmarks.fused_tier --linears     # what the thresholds of fused_emit come from
 
-Models have random weights of a fixed seed, batch 1, 64 tokens or one 224x224 image. `blocks` fuses
+Networks of the zoo, batch 1, 64 tokens or one 224x224 image. `blocks` fuses
 inside blocks only, `runs` also across cuts. `speedup` is the median over rounds of eager time over
 the time of `runs` in the same round, which a noisy machine disturbs less than a quotient of medians.
 """
@@ -16,8 +16,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import transformers as hf
 
+from benchmarks import zoo
 from benchmarks.harness import report
 from graphopt.analysis.facts import Facts, analyse
 from graphopt.executor.build import EagerBuilder, build_plan
@@ -25,9 +25,9 @@ from graphopt.executor.fused import FusedBuilder
 from graphopt.executor.plan import Plan, Step, run_plan
 from graphopt.executor.runs import eager_run, run_of
 from graphopt.executor.verify import capture_boundaries, sample_inputs, verify_step
-from graphopt.frontend.torch_export import from_torch
 
 TOKENS = 64
+FAMILIES = ("minilm", "vit-tiny", "resnet-18", "mobilenet-v2", "gpt2-small", "llama-mini")
 TARGET_GEOMEAN, TARGET_LEAST = 1.25, 1.0
 LINEARS = (  # rows, in, out: on both sides of each threshold
     (64, 128, 128), (64, 192, 192), (197, 192, 192), (1, 256, 256), (2, 256, 256), (4, 256, 256),
@@ -46,7 +46,6 @@ def main() -> None:
     parser.add_argument("--linears", action="store_true")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    hf.logging.set_verbosity_error()
     torch.set_num_threads(options.threads)
     with torch.no_grad():
         if options.linears:
@@ -77,10 +76,9 @@ def main() -> None:
 
 def family_row(name: str, rounds: int, tokens: int) -> dict[str, Any]:
     """One line of the table."""
-    torch.manual_seed(0)
-    module, example, dynamic = FAMILIES[name]()
-    facts = analyse(from_torch(module.eval(), example, dynamic, name))
-    inputs = {key: _cut(value, tokens) for key, value in example.items()}
+    network = zoo.build(name)
+    facts = analyse(network.graph())
+    inputs = {key: _cut(value, tokens) for key, value in network.inputs(1).items()}
     builder, eager = FusedBuilder(), EagerBuilder()
 
     def make_run(facts: Facts, block: str) -> Step:
@@ -169,65 +167,9 @@ def paired(base: list[float], other: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(base, other, strict=True))
 
 
-# -- families: module, example inputs, dynamic dims
-
-
 def _cut(example: torch.Tensor, tokens: int) -> torch.Tensor:
-    """One row of the example, of as many tokens where it holds tokens."""
-    return (example[:1, :tokens] if example.dim() == 2 else example[:1]).clone()
-
-
-def _tokens(module: torch.nn.Module, vocabulary: int) -> tuple[torch.nn.Module, Any, Any]:
-    ids = torch.randint(0, vocabulary, (2, TOKENS))
-    return module, {"input_ids": ids}, {"input_ids": {0: "batch", 1: "seq"}}
-
-
-def _image(module: torch.nn.Module) -> tuple[torch.nn.Module, Any, Any]:
-    for key, buffer in module.named_buffers():  # statistics as after training
-        if key.endswith("running_mean"):
-            buffer.normal_(0, 0.2)
-        elif key.endswith("running_var"):
-            buffer.uniform_(0.5, 1.5)
-    return module, {"pixel_values": torch.randn(2, 3, 224, 224)}, "batch"
-
-
-def _bert() -> tuple[torch.nn.Module, Any, Any]:
-    size = {"hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536}  # MiniLM-L6
-    return _tokens(hf.BertModel(hf.BertConfig(num_hidden_layers=6, **size)), 30_000)
-
-
-def _vit() -> tuple[torch.nn.Module, Any, Any]:
-    size = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768}  # ViT-tiny
-    config = hf.ViTConfig(num_hidden_layers=12, num_labels=1000, **size)
-    return _image(hf.ViTForImageClassification(config))
-
-
-def _resnet() -> tuple[torch.nn.Module, Any, Any]:
-    config = hf.ResNetConfig(
-        hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2], layer_type="basic", num_labels=1000
-    )
-    return _image(hf.ResNetForImageClassification(config))
-
-
-def _mobilenet() -> tuple[torch.nn.Module, Any, Any]:
-    return _image(hf.MobileNetV2ForImageClassification(hf.MobileNetV2Config(num_labels=1000)))
-
-
-def _gpt2() -> tuple[torch.nn.Module, Any, Any]:
-    config = hf.GPT2Config(n_layer=3, use_cache=False)  # small, cut from 12 layers
-    return _tokens(hf.GPT2LMHeadModel(config), 50_000)
-
-
-def _llama() -> tuple[torch.nn.Module, Any, Any]:
-    size = {"hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 688}
-    config = hf.LlamaConfig(num_hidden_layers=6, use_cache=False, vocab_size=8_000, **size)
-    return _tokens(hf.LlamaForCausalLM(config), 8_000)
-
-
-FAMILIES: dict[str, Callable[[], tuple[torch.nn.Module, Any, Any]]] = {
-    "bert": _bert, "vit": _vit, "resnet": _resnet, "mobilenet": _mobilenet, "gpt2": _gpt2,
-    "llama": _llama,
-}  # fmt: skip
+    """As many tokens of the example, where it holds tokens."""
+    return example if example.is_floating_point() else example[:, :tokens].clone()
 
 
 if __name__ == "__main__":

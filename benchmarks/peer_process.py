@@ -37,6 +37,7 @@ from benchmarks.quiet import tree_cpu_s, wait_quiet
 
 WARM_S = 0.005  # of calls before a turn is measured: others had the caches meanwhile
 LONG_S = 0.05  # a call of this length warms itself: its weights do not fit the caches anyway
+SWITCH_S = 0.0005  # of the GIL where several clients share a process, as graphoptd sets it
 ERROR_LINES = 3  # of the standard error, when the process died
 
 
@@ -222,6 +223,8 @@ def main() -> None:
         return
     warnings.simplefilter("ignore")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(options.folder / "inductor"))
+    if options.clients:
+        sys.setswitchinterval(SWITCH_S)
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print must not look like an answer
     serve(Child(options), sys.stdin.buffer, answers)

@@ -222,11 +222,7 @@ class Graphopt:
 
         intra_op = 1 if job.clients else job.threads
         if self.engine is None:
-            network = _network(job)
-            dynamic = {name: dict(dims) for name, dims in network.dynamic.items()}
-            graph = graphopt.from_torch(
-                network.module, network.inputs(2), dynamic, job.model, share_memory=True
-            )
+            graph = _network(job).graph()
             threads = job.threads if job.clients else 1
             engine_settings = graphopt.EngineSettings(threads=threads, intra_op=intra_op)
             self.engine = graphopt.Engine(graph, engine_settings)

@@ -12,9 +12,11 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
+import graphopt
 from examples.minilm import BertSizes, SentenceEncoder
 
 SEED = 0
+TRACED_BATCH = 2  # torch.export takes a dim of size 1 for a constant
 IMAGE = 224  # pixels a side
 Inputs = dict[str, Tensor]
 
@@ -33,6 +35,13 @@ class Network:
     module: nn.Module
     inputs: Callable[[int], Inputs]
     dynamic: Mapping[str, Mapping[int, str]]
+
+    def graph(self) -> graphopt.Graph:
+        """The network as a graph that shares the module's weights."""
+        dynamic = {name: dict(dims) for name, dims in self.dynamic.items()}
+        return graphopt.from_torch(
+            self.module, self.inputs(TRACED_BATCH), dynamic, self.name, share_memory=True
+        )
 
     def sizes(self, batch: int) -> dict[str, int]:
         """The dynamic dims of `inputs(batch)` by name."""
@@ -56,6 +65,18 @@ def build(name: str) -> Network:
             buffer.uniform_(0.5, 1.5)
     network.module.eval().requires_grad_(False)
     return network
+
+
+def layer_weights(graph: graphopt.Graph) -> list[list[str]]:
+    """The weight matrices of each numbered encoder layer: constants whose names share `layer.N.`."""
+    layers: dict[int, list[str]] = {}
+    for name in sorted(graph.constants):
+        number = name.partition("layer.")[2].partition(".")[0]
+        if number.isdigit() and graph.constants[name].tensor.dim() > 1:
+            layers.setdefault(int(number), []).append(name)
+    if not layers:
+        raise ValueError(f"{graph.name} has no layers: take minilm, bert-mini or bert-base")
+    return [layers[number] for number in sorted(layers)]
 
 
 class Text(nn.Module):
