@@ -64,12 +64,11 @@ def test_every_op_answers_as_eager_torch_whatever_the_batch(
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("batch", [1, 2])
 def test_every_op_answers_as_eager_torch_at_a_fixed_size(
-    name: str, batch: int, facts: Facts, tmp_path: Path
+    name: str, facts: Facts, tmp_path: Path
 ) -> None:
     backend: Backend = backends()[name]
-    region = whole(facts)
+    region, batch = whole(facts), 2
     loaded = built(backend, facts, region, Options(sizes=(batch,)), tmp_path / "fixed")
     feeds = op_cases.feeds(batch, seed=5)
     kept = {key: value.clone() for key, value in feeds.items()}
