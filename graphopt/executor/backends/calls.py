@@ -34,21 +34,23 @@ class Slot(Protocol):
     def bind_exit(self, index: int, address: int, shape: tuple[int, ...]) -> None:
         """Exit `index` is to be written to `address`."""
 
-    def run(self) -> None:
-        """Computes the exits from the reads."""
+    @property
+    def run(self) -> Callable[[], object]:
+        """What computes the exits from the reads; looked up once."""
 
 
 class _Lane:
     """A slot with what is bound to it."""
 
-    __slots__ = ("bound_exits", "bound_reads", "slot", "staged_exits", "staged_reads")
+    __slots__ = ("bound_exits", "bound_reads", "run", "slot", "staged_exits", "staged_reads")
 
     def __init__(self, slot: Slot, n_reads: int, n_exits: int) -> None:
         self.slot = slot
+        self.run = slot.run
         self.bound_reads: list[Any] = [None] * n_reads
         self.bound_exits: list[Any] = [None] * n_exits
-        self.staged_reads: list[torch.Tensor | None] = [None] * n_reads
-        self.staged_exits: list[torch.Tensor | None] = [None] * n_exits
+        self.staged_reads: list[tuple[int, torch.Tensor]] = []
+        self.staged_exits: list[tuple[int, torch.Tensor]] = []
 
 
 class Calls:
@@ -83,62 +85,61 @@ class Calls:
             shape is not None and _n_bytes(shape, type_.dtype) <= STAGED_BYTES_MAX
             for shape, type_ in zip(fixed, self._exit_types, strict=True)
         ]
+        n_reads = self._n_reads + len(self._scalars)
+        is_staged = [*self._stage_read, *[False] * len(self._scalars)]
+        self._binds_reads = [i for i in range(n_reads) if not is_staged[i]]
+        self._binds_exits = [i for i, staged in enumerate(self._stage_exit) if not staged]
         self._pool: list[_Lane] = []
 
     def __call__(self, *args: Any) -> Any:
         """See `Loaded.function`."""
-        n_reads = self._n_reads
         for index, low, high in self._guards:
             _check(index, args[index], low, high)
-        shapes = self._fixed if self._is_fixed else self._shapes_for(args[n_reads:])
         try:
             lane = self._pool.pop()  # atomic; two threads never get the same
         except IndexError:
             lane = self._new_lane()
-        held = self._bind_reads(lane, args)
-        outs: list[Any] = []
-        for index, shape in enumerate(shapes):
-            if self._stage_exit[index]:
-                outs.append(None)
-                continue
-            out = torch.empty(shape, dtype=self._dtypes[index])
-            key = (out.data_ptr(), shape)
-            if lane.bound_exits[index] != key:
-                lane.slot.bind_exit(index, *key)
-                lane.bound_exits[index] = key
-            outs.append(out)
-        lane.slot.run()
-        for index, staged in enumerate(lane.staged_exits):
-            if staged is not None:
-                outs[index] = staged.clone()
+        for index, staged in lane.staged_reads:
+            staged.copy_(args[index])
+        held = self._bind_reads(lane, args) if self._binds_reads else None
+        outs = self._bind_exits(lane, args) if self._binds_exits else []
+        lane.run()
+        for index, staged in lane.staged_exits:
+            outs.insert(index, staged.clone())
         for position, read in self._echoes:
             outs.insert(position, args[read].clone(memory_format=torch.contiguous_format))
         del held
         self._pool.append(lane)  # after a failure it is not: its state is unknown
         return outs[0] if len(outs) == 1 else tuple(outs)
 
+    def _bind_exits(self, lane: _Lane, args: Sequence[Any]) -> list[Any]:
+        """Fresh tensors for the exits that are not staged, in order, bound."""
+        shapes = self._fixed if self._is_fixed else self._shapes_for(tuple(args[self._n_reads :]))
+        outs = []
+        for index in self._binds_exits:
+            shape = shapes[index]
+            out = torch.empty(shape, dtype=self._dtypes[index])
+            key = (out.data_ptr(), shape)
+            if lane.bound_exits[index] != key:
+                lane.slot.bind_exit(index, *key)
+                lane.bound_exits[index] = key
+            outs.append(out)
+        return outs
+
     def _bind_reads(self, lane: _Lane, args: Sequence[Any]) -> list[Any]:
         """Binds reads and scalars; what is returned must live until the run is over."""
         held: list[Any] = []
-        bound, stage = lane.bound_reads, lane.staged_reads
-        for index in range(self._n_reads):
-            tensor = args[index]
-            staged = stage[index]
-            if staged is not None:
-                staged.copy_(tensor)
-                continue
+        bound = lane.bound_reads
+        for index in self._binds_reads:
+            if index >= self._n_reads:
+                tensor = torch.tensor([args[self._n_reads + self._scalars[index - self._n_reads]]])
+                held.append(tensor)
+            else:
+                tensor = args[index]
             if not tensor.is_contiguous():
                 tensor = tensor.contiguous()
                 held.append(tensor)
             key = (tensor.data_ptr(), tuple(tensor.shape))
-            if bound[index] != key:
-                lane.slot.bind_read(index, *key)
-                bound[index] = key
-        for offset, position in enumerate(self._scalars):
-            value = torch.tensor([args[self._n_reads + position]])
-            held.append(value)
-            index = self._n_reads + offset
-            key = (value.data_ptr(), (1,))
             if bound[index] != key:
                 lane.slot.bind_read(index, *key)
                 bound[index] = key
@@ -157,16 +158,17 @@ class Calls:
         return found
 
     def _new_lane(self) -> _Lane:
-        lane = _Lane(self._new_slot(), self._n_reads + len(self._scalars), len(self._exit_types))
+        n_reads = self._n_reads + len(self._scalars)
+        lane = _Lane(self._new_slot(), n_reads, len(self._exit_types))
         for index, shape in enumerate(self._reads):
             if self._stage_read[index] and shape is not None:
-                dtype = TORCH_DTYPES[self._read_dtypes[index]]
-                staged = lane.staged_reads[index] = torch.empty(shape, dtype=dtype)
+                staged = torch.empty(shape, dtype=TORCH_DTYPES[self._read_dtypes[index]])
+                lane.staged_reads.append((index, staged))
                 lane.slot.bind_read(index, staged.data_ptr(), shape)
         for index, is_staged in enumerate(self._stage_exit):
             if is_staged:
                 staged = torch.empty(self._fixed[index], dtype=self._dtypes[index])
-                lane.staged_exits[index] = staged
+                lane.staged_exits.append((index, staged))
                 lane.slot.bind_exit(index, staged.data_ptr(), self._fixed[index])
         return lane
 

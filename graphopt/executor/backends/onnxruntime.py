@@ -13,7 +13,7 @@ Deliberately absent: other providers, float64, and quantised kernels.
 """
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import import_module
 from math import prod
 from pathlib import Path
@@ -237,7 +237,7 @@ def _slots(library: Any, session: Any, sheet: Sheet, kept: object) -> "Callable[
 class _Binding:
     """One binding of a session; see `graphopt.executor.backends.calls.Slot`."""
 
-    __slots__ = ("_binding", "_device", "_exits", "_reads", "_run")
+    __slots__ = ("_binding", "_device", "_exits", "_reads", "run")
 
     def __init__(
         self, library: Any, session: Any, reads: list[tuple[str, str]], exits: list[tuple[str, str]]
@@ -247,7 +247,7 @@ class _Binding:
         self._device = state.OrtDevice(state.OrtDevice.cpu(), state.OrtDevice.default_memory(), 0)
         self._reads = [(name, _TYPES[dtype]) for name, dtype in reads]
         self._exits = [(name, _TYPES[dtype]) for name, dtype in exits]
-        self._run = session._sess.run_with_iobinding
+        self.run = partial(session._sess.run_with_iobinding, self._binding, None)
 
     def bind_read(self, index: int, address: int, shape: tuple[int, ...]) -> None:
         name, dtype = self._reads[index]
@@ -256,6 +256,3 @@ class _Binding:
     def bind_exit(self, index: int, address: int, shape: tuple[int, ...]) -> None:
         name, dtype = self._exits[index]
         self._binding.bind_output(name, self._device, dtype, shape, address)
-
-    def run(self) -> None:
-        self._run(self._binding, None)

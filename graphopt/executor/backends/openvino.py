@@ -15,7 +15,7 @@ Deliberately absent: other devices, and float64, which the plugin would round to
 import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
@@ -163,7 +163,7 @@ def _slots(library: Any, compiled: Any, sheet: Sheet, blob: Any) -> Callable[[],
 class _Request:
     """One infer request; see `graphopt.executor.backends.calls.Slot`."""
 
-    __slots__ = ("_exits", "_library", "_reads", "_request", "_run")
+    __slots__ = ("_exits", "_library", "_reads", "_request", "run")
 
     def __init__(self, library: Any, compiled: Any, reads: list[str], exits: list[str]) -> None:
         request = import_module(
@@ -174,16 +174,13 @@ class _Request:
         self._request = compiled.create_infer_request()
         self._reads = [np.dtype(_NUMPY[dtype]) for dtype in reads]
         self._exits = [np.dtype(_NUMPY[dtype]) for dtype in exits]
-        self._run = request.infer
+        self.run = partial(request.infer, self._request, {}, True, False)
 
     def bind_read(self, index: int, address: int, shape: tuple[int, ...]) -> None:
         self._request.set_input_tensor(index, self._wrap(address, shape, self._reads[index]))
 
     def bind_exit(self, index: int, address: int, shape: tuple[int, ...]) -> None:
         self._request.set_output_tensor(index, self._wrap(address, shape, self._exits[index]))
-
-    def run(self) -> None:
-        self._run(self._request, {}, True, False)
 
     def _wrap(self, address: int, shape: tuple[int, ...], dtype: "np.dtype[Any]") -> Any:
         n_bytes = dtype.itemsize
