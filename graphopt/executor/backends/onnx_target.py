@@ -169,7 +169,9 @@ class OnnxTarget:
         return self._node("Div", [whole, x[1]])  # without a remainder there is nothing to round
 
     def _gelu(self, x: Operands, a: Attributes) -> str:
-        return self._node("Gelu", x, approximate=a["approximate"])
+        if a["approximate"] == "tanh":
+            return self._node("FastGelu", x, CONTRIB)  # the same formula in a faster kernel
+        return self._node("Gelu", x)
 
     def _hardsigmoid(self, x: Operands, a: Attributes) -> str:
         return self._node("HardSigmoid", x, alpha=1 / 6, beta=0.5)
