@@ -51,7 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         inherited = systemd.take()
         settings = _settings(options)
     except (DocumentError, LimitError) as error:
-        print(f"graphoptd: {error}", file=sys.stderr)
+        settings = Settings()  # what the file says of the log is not known
+        installed = logs.install(settings.log)
+        _tell(error, EXIT_CONFIG, settings, installed)
+        installed.close()
         return EXIT_CONFIG
     installed = logs.install(settings.log)
     try:
@@ -166,8 +169,7 @@ def _tell(error: GraphoptError, status: int, settings: Settings, installed: logs
         installed.close()
         print(f"graphoptd: {error}", file=sys.stderr)
         return
-    from graphoptd.events import emit
-    from graphoptd.service import error_fields
+    from graphoptd.events import emit, error_fields
 
     emit("daemon.failed", **error_fields(error), exit_code=status)
 

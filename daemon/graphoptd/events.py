@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
+from graphopt.errors import GraphoptError
 from graphoptd.event_table import EVENTS, FIELDS, SCHEMA, Event, Field
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Field",
     "Said",
     "emit",
+    "error_fields",
     "markdown",
     "problems",
 ]
@@ -183,3 +185,14 @@ def _mismatch(field: Field, value: Any) -> str:
 
 if __name__ == "__main__":
     print(markdown(), end="")  # noqa: T201 - the generator of docs/EVENTS.md
+
+
+def error_fields(error: GraphoptError) -> dict[str, Any]:
+    """An error as the log's fields say it."""
+    return {
+        "code": error.code,
+        "message": error.message,
+        "where": error.where or None,
+        "remedy": error.remedy or None,
+        "detail": [list(each) for each in error.detail] or None,
+    }

@@ -26,7 +26,7 @@ import graphopt
 from graphopt.errors import DocumentError, GraphoptError, StateFailedError
 from graphoptd.app import App
 from graphoptd.config import Reload
-from graphoptd.events import emit
+from graphoptd.events import emit, error_fields
 from graphoptd.garbage import Garbage
 from graphoptd.logs import Logs
 from graphoptd.proofs import Proof, proofs_of
@@ -284,14 +284,3 @@ class Service:
 
 def _ms_since(start_s: float) -> float:
     return round((time.monotonic() - start_s) * 1e3, 1)
-
-
-def error_fields(error: GraphoptError) -> dict[str, Any]:
-    """An error as the log's fields say it."""
-    return {
-        "code": error.code,
-        "message": error.message,
-        "where": error.where or None,
-        "remedy": error.remedy or None,
-        "detail": [list(each) for each in error.detail] or None,
-    }

@@ -183,11 +183,25 @@ def _embedding(a: Bound) -> tuple[ValueType, ...] | None:
     return (TensorType(weight.dtype, (*indices.shape, weight.shape[1])),)
 
 
+def _check_norm_dtypes(x: TensorType, *params: TensorType | None) -> None:
+    """What the CPU kernels demand and the meta device does not see: a float input, and parameters of
+    its dtype or, where that is shorter, of f32.
+    """
+    if not x.is_float:
+        raise TypeMismatchError(
+            f"{x.dtype} cannot be normalized", remedy="convert with aten._to_copy.default"
+        )
+    for each in params:
+        if each is not None and not (x.dtype in ("bf16", "f16") and each.dtype == "f32"):
+            same_dtype(x, each)
+
+
 @rule("layer_norm.default")
 def _layer_norm(a: Bound) -> tuple[ValueType, ...] | None:
     x, shape = a["input"], a["normalized_shape"]
     if x.layout != CONTIGUOUS:
         return None
+    _check_norm_dtypes(x, a["weight"], a["bias"])
     match(x.shape[-len(shape) :], tuple(shape), "the last dims of input", "normalized_shape")
     for name in ("weight", "bias"):
         if a[name] is not None:

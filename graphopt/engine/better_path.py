@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from graphopt.builder.workshop import register
 from graphopt.delta import Delta
 from graphopt.engine.builder_files import BlobConstants, ScratchConstants
 from graphopt.engine.builder_link import BuilderLink, BuilderSettings, BuilderStatus
@@ -21,7 +22,7 @@ from graphopt.engine.campaign import Campaign, Means
 from graphopt.engine.findings import Findings
 from graphopt.engine.improve import FusedStage
 from graphopt.engine.live import Clocks, LiveModel
-from graphopt.engine.pins import Pins
+from graphopt.engine.pins import LIVE_TIERS, Pin, Pins, check_tiers
 from graphopt.engine.records import EngineSettings
 from graphopt.engine.shelf import Shelf
 from graphopt.engine.supply import Supply
@@ -49,6 +50,8 @@ class _Course:
     campaign: Campaign | None = None
     buckets: list[dict[str, int]] = field(default_factory=list)
     pinned_until_s: float | None = None
+    is_stale: bool = False  # the campaign is to start anew
+    is_begun: bool = False  # it had a campaign in this process
 
 
 class BetterPath:
@@ -83,11 +86,15 @@ class BetterPath:
         self.pins = Pins(folder, clocks.wall_s, settings.events)
         self.link: BuilderLink | None = None
         if settings.builder:
+            register(settings.extra_backends)
             scratch = ScratchConstants(self._scratch / "constants")
             files = BlobConstants(find_blob, scratch) if find_blob is not None else scratch
             self.link = BuilderLink(
                 home / "builder", files, clocks.monotonic_s,
-                BuilderSettings(floor_pct=settings.builder_floor_pct), settings.events,
+                BuilderSettings(
+                    floor_pct=settings.builder_floor_pct, backends=settings.extra_backends,
+                    path=settings.extra_path,
+                ), settings.events,
             )  # fmt: skip
         self._fused = FusedStage(shelf, self.link)
         self.supply = Supply(home, settings, clocks)
@@ -123,10 +130,35 @@ class BetterPath:
             self.link.forget(name)
         self.pins.forget(name)
 
+    def pin(
+        self,
+        name: str,
+        owner: str,
+        reason: str,
+        duration_s: float,
+        tiers: tuple[str, ...] | None = None,
+    ) -> Pin:
+        """Pins a model; in force when the background thread has got to it.
+
+        A trial under way ends. A pin of tiers takes off what runs on others: the live path's steps
+        show through there. Raises PinError for a tier that is unknown, no reason, or no end.
+        """
+        check_tiers(tiers or (), (*LIVE_TIERS, *self.supply.offered()), where=name)
+        pin = self.pins.set(name, owner, reason, duration_s, tiers)
+        self.look_again(name)
+        return pin
+
+    def unpin(self, name: str, owner: str) -> Pin:
+        """Takes the pin away, and the model's campaign starts anew. PinError when there is none."""
+        pin = self.pins.clear(name, owner)
+        self.look_again(name)
+        return pin
+
     def look_again(self, name: str) -> None:
         """Something outside changed for a model, as a pin: its campaign starts anew."""
         course = self._courses.get(name)
         if course is not None:
+            course.is_stale = True
             self._background.submit(f"renew {name}", lambda: self._renew(course))
 
     def wait_settled(self, timeout_s: float | None) -> bool:
@@ -136,7 +168,7 @@ class BetterPath:
 
     def status(self) -> BuilderStatus:
         """What the builder is at."""
-        return self.link.status() if self.link is not None else BuilderStatus()
+        return self.link.status() if self.link is not None else BuilderStatus("disabled")
 
     def findings(self, name: str) -> Findings:
         """What is known about the ways of running a model."""
@@ -179,7 +211,10 @@ class BetterPath:
         if self._courses.get(model.name) is not course:
             return
         if campaign is None or (campaign.is_over and campaign.revision != model.revision):
-            campaign = course.campaign = Campaign(model, self._means, course.findings)
+            self._obey(course)
+            restores = not course.is_begun and self.pins.is_inherited(model.name)
+            campaign = Campaign(model, self._means, course.findings, restores=restores)
+            course.campaign, course.is_begun = campaign, True
             course.buckets = hot_buckets(model.slot)
         delay_s = campaign.step(lambda: self._wake(course))
         if campaign.is_over and campaign.revision != model.revision:
@@ -238,10 +273,22 @@ class BetterPath:
         self._background.submit_after(TICK_S, "tick", self._tick)
 
     def _renew(self, course: _Course) -> None:
+        pin = self.pins.get(course.model.name)
+        course.pinned_until_s = pin.until_s if pin is not None else None
         if course.campaign is not None:
             course.campaign.close()
             course.campaign = None
+        if course.model.switch.phase == "trial":  # nobody is left to hear its verdict
+            course.model.switch.cancel("the campaign starts anew")
+        self._obey(course)
+        course.is_stale = False
         self._wake(course)
+
+    def _obey(self, course: _Course) -> None:
+        """Takes off what a pin of tiers does not allow, also what a delta brought back."""
+        pin = self.pins.get(course.model.name)
+        if pin is not None and pin.tiers is not None:
+            course.model.keep_to(pin.allows)
 
     def _end(self, course: _Course) -> None:
         if course.campaign is not None:
@@ -254,6 +301,7 @@ class BetterPath:
             not self.settings.improve
             or (
                 course.campaign is not None
+                and not course.is_stale
                 and course.campaign.is_over
                 and course.campaign.revision == course.model.revision
                 and course.model.switch.phase not in ("trial", "confirmation")

@@ -71,9 +71,9 @@ class BuilderStatus:
     """What the builder is at.
 
     Attributes:
-        state: `off` (no job yet, let go, or closed), `starting`, `idle`, `building`, `starved` (a job
-            gets less than the floor although it was lifted as far as the host allows), `restarting`
-            (waiting before the next try).
+        state: `disabled` (by the settings), `off` (no job yet, let go, or closed), `starting`,
+            `idle`, `building`, `starved` (a job gets less than the floor although it was lifted as
+            far as the host allows), `restarting` (waiting before the next try).
         queued: jobs without an answer, the one at work included.
         job: id of the one at work.
         share_pct: of one core that the process got in the last observation.

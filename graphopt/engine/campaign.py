@@ -54,10 +54,14 @@ class Means:
 class Campaign:
     """One revision's campaign. `step` is called on the background thread until `is_over`."""
 
-    def __init__(self, model: LiveModel, means: Means, findings: Findings) -> None:
+    def __init__(
+        self, model: LiveModel, means: Means, findings: Findings, *, restores: bool = False
+    ) -> None:
+        """`restores`: a pin from before this process holds the model, and its plan may come back."""
         self.model = model
         self.findings = findings
         self.is_over = False
+        self._restores = restores
         self._means = means
         self.revision = model.revision
         self._course = self._run()
@@ -115,7 +119,8 @@ class Campaign:
     # -- the course
 
     def _run(self) -> Waiting:
-        yield from self._means.fused.course(self.model)
+        if self._may_prepare("fused"):
+            yield from self._means.fused.course(self.model)
         link = self._means.link
         if link is None or not self._means.supply.versions():
             return
@@ -150,8 +155,7 @@ class Campaign:
             return False
         label, keyed = chosen
         overlays = overlays_of(facts, keyed, self._means.supply.loaded)
-        pin = self._means.pins.get(self.model.name)
-        if not overlays or (pin is not None and not pin.allows(keyed[0][0].backend)):
+        if not overlays or not self._may_prepare(keyed[0][0].backend):
             return False
         old = self.model.arrangement
         new = Arrangement.of(old.base, overlays)
@@ -248,6 +252,14 @@ class Campaign:
             self._means.supply.prove(finding.label, finding.structures)
 
     # -- helpers
+
+    def _may_prepare(self, tier: str) -> bool:
+        """Whether steps that need no trial may go live on a tier: not while a pin is against it.
+
+        A restart loses the plan that a pin holds; what was chosen last for this graph is that plan.
+        """
+        pin = self._means.pins.get(self.model.name)
+        return pin is None or pin.allows(tier) or (self._restores and pin.tiers is None)
 
     def _in_order(self, plans: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         """What was chosen last comes first."""

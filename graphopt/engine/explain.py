@@ -1,9 +1,20 @@
-"""What runs and why: the plan of a model as a record that prints as a table."""
+"""What runs and why: the plan of a model, step by step, what else was considered, with figures, and
+who holds it.
 
-from dataclasses import dataclass
+A record that prints as tables; `graphopt.explained` has the words. Read without a lock, beside
+requests and deltas.
+"""
+
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from graphopt.analysis.blocks import CONTEXT
+from graphopt.engine.builder_jobs import BuilderStatus
+from graphopt.engine.findings import Finding, State
+from graphopt.engine.pins import HeldPin, Pin
+from graphopt.executor.plan import Step
+from graphopt.executor.switch import Phase
+from graphopt.explained import text_of
 
 if TYPE_CHECKING:
     from graphopt.engine.host import Host
@@ -11,53 +22,115 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class BlockLine:
-    """One block of the plan: `nodes` it computes, the tier it runs on, and the reason."""
+class StepLine:
+    """One step of the plan.
+
+    Attributes:
+        block: the last of the blocks it computes.
+        blocks: how many they are.
+        nodes: how many nodes it computes.
+        tier: that it runs on.
+        options: how the tier runs it; empty where it has no choice.
+        key: structure key of its region.
+        reason: why it runs on that tier.
+    """
 
     block: str
+    blocks: int
     nodes: int
     tier: str
+    options: str
     key: str
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class Explanation:
-    """The plan of one revision.
+class Candidate:
+    """One way of running the model that was considered; what was not measured is None.
 
-    Predicted and measured costs are absent until a cost model supplies them.
+    Attributes:
+        label: backend, layout, variant.
+        state: what came of it, see `graphopt.engine.findings`.
+        reason: for people, with figures.
+        revision: on which that was concluded.
+        ratio: time per request over that of the plan it was tried against.
+        latency_s: median of a request on it in its trial.
+        build_s: wall time of the builds it took; None where all artifacts were at hand.
+        resident_bytes: memory of its artifacts beyond mapped files.
+    """
+
+    label: str
+    state: State
+    reason: str
+    revision: int
+    ratio: float | None
+    latency_s: float | None
+    build_s: float | None
+    resident_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """The published plan of one model and what is known around it.
+
+    Attributes:
+        phase: what the switch is at: idle, trial, watch or confirmation.
+        steps: of the plan, in order.
+        candidates: considered for this model, in the order they were concluded; none before the
+            better path got to them.
+        pin: the one in force.
+        builder: what the builder process is at.
     """
 
     model: str
     revision: int
     plan_id: str
     graph_hash: str
-    blocks: tuple[BlockLine, ...]
+    phase: Phase
+    steps: tuple[StepLine, ...]
+    candidates: tuple[Candidate, ...]
+    pin: HeldPin | None
+    builder: BuilderStatus
 
     def __str__(self) -> str:
-        head = f"{self.model} revision {self.revision}, plan {self.plan_id}, graph {self.graph_hash[:12]}"
-        width = max((len(line.block) for line in self.blocks), default=5)
-        rows = [f"{'block':<{width}}  nodes  tier   key           why"]
-        rows += [
-            f"{b.block:<{width}}  {b.nodes:>5}  {b.tier:<5}  {b.key[:12]}  {b.reason}"
-            for b in self.blocks
-        ]
-        return "\n".join([head, *rows])
+        return text_of(asdict(self))
 
 
 def explain(host: "Host", model: "LiveModel") -> Explanation:
     """The explanation of the published plan."""
-    plan, facts = model.slot.plan, model.facts
-    lines = []
-    for step in plan.steps:
-        name = "context" if step.block == CONTEXT else step.block
-        if step.tier == "eager":
-            reason = (
-                host.explain_block(model, step.block)
-                if step.block in facts.regions
-                else "being replaced"
-            )
-        else:
-            reason = "verified against eager for this region and these weights"
-        lines.append(BlockLine(name, len(step.nodes), step.tier, step.key, reason))
-    return Explanation(model.name, plan.revision, plan.id, plan.graph.hash, tuple(lines))
+    plan, findings = model.slot.plan, host.better.findings(model.name)
+    pin, chosen = host.better.pins.held(model.name), findings.chosen
+    return Explanation(
+        model.name, plan.revision, plan.id, plan.graph.hash, model.switch.phase,
+        tuple(_line(step, _reason(host, model, step, chosen, pin)) for step in plan.steps),
+        tuple(map(_candidate, findings)), pin, host.better.status(),
+    )  # fmt: skip
+
+
+def _line(step: Step, reason: str) -> StepLine:
+    block = "context" if step.block == CONTEXT else step.block
+    n_blocks, n_nodes = len(step.blocks), len(step.nodes)
+    return StepLine(block, n_blocks, n_nodes, step.tier, step.options, step.key, reason)
+
+
+def _reason(
+    host: "Host", model: "LiveModel", step: Step, chosen: Finding | None, pin: Pin | None
+) -> str:
+    if step.tier == "eager":
+        if step.block not in model.facts.regions:
+            return "being replaced"
+        if pin is not None and not pin.allows("fused"):
+            return "pinned"
+        return host.explain_block(model, step.block)
+    if step.tier == "fused":
+        return "verified against eager for this region and these weights"
+    if chosen is None or chosen.label.split()[0] != step.tier:
+        return "proven on an earlier revision, and nothing in it has changed"
+    return f"part of {chosen.label}"
+
+
+def _candidate(finding: Finding) -> Candidate:
+    return Candidate(
+        finding.label, finding.state, finding.reason, finding.revision, finding.ratio,
+        finding.latency_s, finding.build_s, finding.resident_bytes,
+    )  # fmt: skip

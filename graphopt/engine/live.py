@@ -291,6 +291,27 @@ class LiveModel:
         base, _ = replan(old.base, change, old.plan.revision, self._eager)
         return self.publish(old, Arrangement.of(base, old.overlays))
 
+    def keep_to(self, allows: Callable[[str], bool]) -> bool:
+        """Publishes what is published without the steps on tiers that `allows` refuses.
+
+        The base shows through where an overlay goes, and falls back to `eager` where it was
+        refused itself. False when the model has moved on.
+        """
+        with self._writing:
+            old, facts, none = self.arrangement, self.facts, frozenset[str]()
+        kept = [overlay for overlay in old.overlays if allows(overlay.step.tier)]
+        bare = {b for o in old.overlays if not allows(o.step.tier) for b in o.step.blocks}
+        bare |= {b for step in old.base.steps if not allows(step.tier) for b in step.blocks}
+        if not bare:
+            return True
+        make = self.live_step if allows("fused") else self._eager
+        change = Update(facts, {}, frozenset(bare), none, none, none)
+        base, _ = replan(old.base, change, old.plan.revision, make)
+        if not self.publish(old, Arrangement.of(base, kept)):
+            return False
+        self.give_back(bare)
+        return True
+
     def time_once(self, inputs: Mapping[str, torch.Tensor]) -> float:
         """Seconds of one request with `inputs` on the published plan, after one that does not count."""
         plan = self.slot.plan
@@ -339,8 +360,8 @@ class LiveModel:
     def _apply(self, delta: Delta, kind: str, summary: str, start_s: float) -> Applied:
         applied, new = self._next(delta)
         revision = self.revision + 1
-        arrangement, replanned = self.arrangement.after(new, revision, self.live_step)
-        plan = arrangement.plan
+        old = self.arrangement
+        arrangement, replanned = old.after(new, revision, self.live_step)
         answer = Applied(
             revision,
             len(applied.change.nodes | applied.change.removed),
@@ -353,7 +374,7 @@ class LiveModel:
         text = summary or _summary(delta)
         said = json.dumps(asdict(answer))
         self.ledger.commit(Commit(self.name, revision, applied, kind, text, digest, said))
-        self._publish(arrangement, new)
+        plan = self._publish(old, arrangement, new)
         live_s = self._clocks.monotonic_s() - start_s
         self._history.append(
             RevisionInfo(revision, kind, text, delta.id, applied.graph.hash, self._clocks.wall_s())
@@ -380,16 +401,21 @@ class LiveModel:
         self._improve(self, applied.expansion)
         return done
 
-    def _publish(self, arrangement: Arrangement, new: Update) -> None:
-        uncovered = self.arrangement.covered() - arrangement.covered()
+    def _publish(self, old: Arrangement, arrangement: Arrangement, new: Update) -> Plan:
+        uncovered = old.covered() - arrangement.covered()
         self.introduce(arrangement)
         self.facts = new.facts
-        self.slot.publish(arrangement.plan)
+        while not self.slot.publish(arrangement.plan, expected=old.plan):
+            # A trial ended, or a rollback came between: what it left is what the delta starts from
+            old, revision = self.arrangement, arrangement.plan.revision
+            arrangement, _ = old.after(new, revision, self.live_step)
+            self.introduce(arrangement)
         self._unproven |= _replanned(new)
         self._unproven.update(block for block in uncovered if block in new.facts.regions)
         self._graphs[arrangement.plan.revision] = new.facts.graph
         while len(self._graphs) > REVISIONS_KEPT_MAX:
             self._graphs.popitem(last=False)
+        return arrangement.plan
 
 
 def _nobody() -> None:

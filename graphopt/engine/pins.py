@@ -2,23 +2,24 @@
 
 Every pin has an owner, a reason and an expiry, so that none is forgotten. Pins outlive the process
 where there is a state folder. A pin says nothing about deltas: they go live as always, on the tiers
-of the live path.
+of the live path; the guard, too, still takes back a plan that fails or becomes slower.
 """
 
 import json
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
 from graphopt.engine.records import EventSink
-from graphopt.errors import GraphoptError
+from graphopt.errors import GraphoptError, nearest
 
 FILE = "pins.json"
 DURATION_MAX_S = 30 * 86_400.0  # a month: what should last longer belongs in the configuration
 TEXT_CHARS_MAX = 200
+LIVE_TIERS = ("eager", "fused")  # offered everywhere; `fused` goes live by itself, `eager` at once
 
 
 class PinError(GraphoptError):
@@ -52,6 +53,13 @@ class Pin:
         return self.tiers is not None and (tier == "eager" or tier in self.tiers)
 
 
+@dataclass(frozen=True, slots=True)
+class HeldPin(Pin):
+    """A pin in force. `left_s`: seconds until it ends by itself."""
+
+    left_s: float = 0.0
+
+
 class Pins:
     """The pins of one process, at most one a model. Any thread may call it."""
 
@@ -60,6 +68,7 @@ class Pins:
         self._wall_s, self._events = wall_s, events
         self._lock = threading.Lock()
         self._pins = {pin.model: pin for pin in _read(self._path)}
+        self._inherited = set(self._pins)
 
     def get(self, model: str) -> Pin | None:
         """The pin that holds `model` now; one that ran out is taken away and said once."""
@@ -71,6 +80,17 @@ class Pins:
             self._write()
         self._events("pin.expired", {"graph": model, "owner": pin.owner, "reason": pin.reason})
         return None
+
+    def held(self, model: str) -> HeldPin | None:
+        """The same as `get`, with the time that is left."""
+        pin = self.get(model)
+        if pin is None:
+            return None
+        return HeldPin(**asdict(pin), left_s=max(0.0, pin.until_s - self._wall_s()))
+
+    def is_inherited(self, model: str) -> bool:
+        """Whether the pin of `model` was set before this process began."""
+        return model in self._inherited
 
     def set(
         self,
@@ -94,6 +114,7 @@ class Pins:
         pin = Pin(model, owner[:TEXT_CHARS_MAX], said, now_s, now_s + duration_s, tiers)
         with self._lock:
             self._pins[model] = pin
+            self._inherited.discard(model)
             self._write()
         fields = {"graph": model, "owner": pin.owner, "reason": said, "until_s": pin.until_s}
         self._events("pin.set", {**fields, "tiers": list(tiers) if tiers is not None else None})
@@ -125,6 +146,18 @@ class Pins:
             file.flush()
             os.fsync(file.fileno())
         os.replace(file.name, self._path)
+
+
+def check_tiers(tiers: Iterable[str], offered: Iterable[str], *, where: str = "") -> None:
+    """Raises PinError for the first of `tiers` that is not `offered` here."""
+    known = list(offered)
+    for tier in tiers:
+        if tier not in known:
+            raise PinError(
+                f"there is no tier {tier!r} here",
+                where=where,
+                remedy=nearest(tier, known) or f"there are {', '.join(known)}",
+            )
 
 
 def _read(path: Path | None) -> list[Pin]:

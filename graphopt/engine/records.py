@@ -27,6 +27,9 @@ class EngineSettings:
             `fused` tier, proven in this process.
         builder_floor_pct: percent of one core that the builder gets at least while it has work.
         artifacts_bytes_max: of finished artifacts kept on disk; None: 4 GiB, or a tenth of the disk.
+        backends: the runtimes that may be used, by name; None: all that are installed.
+        extra_backends: further ones as `module:Class`, to try one before it is packaged.
+        extra_path: folders in which the builder finds those.
         verify: whether every update of the facts is checked against a computation from scratch.
             Costs seconds on a large graph.
         events: receives every event name with its fields; called from engine threads, must be
@@ -39,6 +42,9 @@ class EngineSettings:
     builder: bool = True
     builder_floor_pct: float = 10.0
     artifacts_bytes_max: int | None = None
+    backends: tuple[str, ...] | None = None
+    extra_backends: tuple[str, ...] = ()
+    extra_path: tuple[str, ...] = ()
     verify: bool = False
     events: EventSink = ignore_event
 

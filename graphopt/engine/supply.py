@@ -50,7 +50,10 @@ class Supply:
         """The backends that are there, with their versions; a missing one is said once."""
         if self._versions is None:
             self._versions = {}
+            allowed = self._settings.backends
             for name, backend in backends().items():
+                if allowed is not None and name not in allowed:
+                    continue
                 try:
                     self._versions[name] = backend.version()
                 except BackendMissingError as missing:
@@ -58,6 +61,11 @@ class Supply:
                         "backend.missing", {"backend": name, "reason": str(missing)}
                     )
         return self._versions
+
+    def offered(self) -> tuple[str, ...]:
+        """Names of the backends that may be used, whether or not their library is there."""
+        allowed = self._settings.backends
+        return tuple(name for name in backends() if allowed is None or name in allowed)
 
     def job(self, model: str, revision: int, piece: Piece) -> BuildJob:
         """The job that makes an artifact, in a fresh folder."""

@@ -68,13 +68,18 @@ class _Watch:
 
 
 class Guard:
-    """Watches one published plan. A bucket without a baseline takes its first requests for one."""
+    """Watches one published plan.
+
+    A bucket without a baseline takes its first requests for one, and is named as a newcomer: whether
+    they were slow already, only a comparison tells.
+    """
 
     def __init__(self, plan: str, baselines: Mapping[Bucket, Baseline]) -> None:
         self.plan = plan
         self.requests = 0
         self._watches = {bucket: _Watch(known) for bucket, known in baselines.items()}
         self._learning: dict[Bucket, list[float]] = {}
+        self._newcomers: list[Bucket] = []
 
     def observe(self, bucket: Bucket, latency_s: float) -> Alarm | None:
         """Takes one request of the plan; an alarm when the bucket has become too slow."""
@@ -123,10 +128,15 @@ class Guard:
             return
         seen = self._learning.setdefault(bucket, [])
         seen.append(latency_s)
-        if len(seen) >= 2 * BASELINE_MIN:
+        if len(seen) >= BASELINE_MIN:
             found = baseline_of(describe(self._learning.pop(bucket)))
             assert found is not None
             self._watches[bucket] = _Watch(found)
+            self._newcomers.append(bucket)
+
+    def take_newcomer(self) -> Bucket | None:
+        """A shape that the plan has served for a while and never was compared in; each once."""
+        return self._newcomers.pop(0) if self._newcomers else None
 
 
 # -- against flapping

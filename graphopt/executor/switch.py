@@ -6,8 +6,9 @@
                            |                 v   |
                         refused           confirmation -- last good is faster --> rolled back
 
-A candidate whose cost is known is published without a trial, and watched all the same. A plan that
-fails a request which the other plan serves is out at once (`Slot`), and this takes note of it.
+A shape in which the plan was never compared starts a confirmation too. A candidate whose cost is
+known is published without a trial, and watched all the same. A plan that fails a request which the
+other plan serves is out at once (`Slot`), and this takes note of it.
 
 One `Switch` a model; every method is called from one thread, the background. It makes no events and
 starts nothing: it returns frozen records, and is to be called again when `Slot.wake` says so, or from
@@ -264,6 +265,8 @@ class Switch:
             alarm = self._guard.observe(bucket, latency_s)
             if alarm is not None and self._confirm(alarm):
                 return None
+        if self._guard.take_newcomer() is not None and self._confirm(None):
+            return None
         if self._guard.requests < self._probation_requests:
             return None
         key, requests = self._key, self._guard.requests
@@ -274,8 +277,8 @@ class Switch:
         reason = f"no lasting slow-down in {requests} requests"
         return Outcome("confirmed", "watch", plan.id, current.id, key, reason)
 
-    def _confirm(self, alarm: Alarm) -> bool:
-        """Begins the trial of the last good plan against the one under alarm."""
+    def _confirm(self, alarm: Alarm | None) -> bool:
+        """Begins the trial of the last good plan against the one under alarm, or in a new shape."""
         plan, good = self._both()[0], self._slot.last_good
         if good is plan or good.revision != plan.revision:
             return False

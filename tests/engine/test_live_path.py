@@ -343,7 +343,9 @@ def first_constant(graph: graphopt.Graph) -> str:
 
 
 def reopened(tmp_path: Path) -> graphopt.Engine:
-    return graphopt.Engine(None, graphopt.EngineSettings(intra_op=1, builder=False), state_dir=tmp_path / "state")
+    return graphopt.Engine(
+        None, graphopt.EngineSettings(intra_op=1, builder=False), state_dir=tmp_path / "state"
+    )
 
 
 def test_what_was_acknowledged_is_live_again_after_a_restart(

@@ -1,0 +1,248 @@
+"""The better path end to end: a real builder process, plans tried, published, watched and taken back,
+while the answers stay right.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import graphopt
+from graphopt.delta import AddNode, Delta, RemoveNode, Rewire, SetOutputs
+from graphopt.dims import symbol
+from graphopt.engine.engine import Engine
+from graphopt.graph import Graph, Ref, Symbol
+from graphopt.types import TensorType
+from helpers.graphs import Builder
+
+HERE = str(Path(__file__).parent)
+LENGTH = 150  # relus: about 0.3 ms of Python in eager
+SETTLED_S = 120.0  # of a broken test; a good one takes seconds
+
+Start = Callable[..., Engine]
+Said = list[tuple[str, Mapping[str, Any]]]
+
+
+@pytest.fixture
+def said() -> Said:
+    return []
+
+
+@pytest.fixture
+def start(said: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
+    """Starts an engine that has the named runtimes of `chain_backends` and no others."""
+    monkeypatch.syspath_prepend(HERE)
+    torch.set_num_threads(1)
+    with ExitStack() as stack:
+
+        def start_one(
+            *classes: str, graph: Graph | None = None, state: str | None = None
+        ) -> Engine:
+            settings = graphopt.EngineSettings(
+                intra_op=1,
+                backends=tuple(name.lower() for name in classes),
+                extra_backends=tuple(f"chain_backends:{name}" for name in classes),
+                extra_path=(HERE,),
+                events=lambda name, fields: said.append((name, dict(fields))),
+            )
+            folder = tmp_path / state if state is not None else None
+            return stack.enter_context(graphopt.Engine(graph, settings, state_dir=folder))
+
+        yield start_one
+
+
+def chain(length: int = LENGTH) -> Graph:
+    b = Builder()
+    x = Ref("x")
+    for i in range(length):
+        x = b.node(f"relu.{i}", "relu.default", x)
+    type_ = TensorType("f32", (symbol("rows"), 8))
+    symbols = [Symbol("rows", 1, 64)]
+    return Graph.build("chain", b.nodes, [("x", type_)], [("y", x)], {}, None, symbols)
+
+
+def ask(engine: Engine, times: int = 1) -> set[str]:
+    """Asks, checks every answer, and returns the ids of the plans that gave them."""
+    plans = set()
+    for i in range(times):
+        x = torch.randn(4, 8, generator=torch.Generator().manual_seed(i))
+        result = engine.run({"x": x})
+        torch.testing.assert_close(result.outputs["y"], torch.relu(x), rtol=0, atol=0)
+        plans.add(result.plan_id)
+    return plans
+
+
+def tiers(engine: Engine) -> dict[str, int]:
+    return engine.model.slot.plan.tiers()
+
+
+def states(engine: Engine) -> dict[str, str]:
+    return {f.label: f.state for f in engine.host.better.findings("chain")}
+
+
+def of(said: Said, name: str) -> list[Mapping[str, Any]]:
+    return [fields for event, fields in said if event == name]
+
+
+def test_a_model_reaches_the_faster_runtime_and_serves_all_the_while(start: Start, said: Said):
+    engine = start("Once", graph=chain())
+    ask(engine, 10)
+    assert engine.settle(SETTLED_S)
+    assert tiers(engine) == {"once": 1}
+    ask(engine, 10)
+    (published,) = of(said, "plan.published")
+    assert published["cause"] == "trial"
+    assert published["trial"]["ratio"] < 0.5
+    assert of(said, "plan.built")[0]["tier"] == "once"
+
+
+def test_a_delta_drops_what_it_touches_and_the_rest_comes_back(start: Start):
+    engine = start("Once", graph=chain())
+    assert engine.settle(SETTLED_S)
+    first = tiers(engine)
+    engine.apply(
+        Delta(
+            [
+                AddNode("extra", "aten.relu.default", (Ref("relu.3"),)),
+                Rewire(Ref("relu.3"), Ref("extra"), ("relu.4",)),
+            ]
+        )
+    )
+    assert "once" not in tiers(engine)
+    ask(engine, 3)
+    assert engine.settle(SETTLED_S)
+    assert tiers(engine) == first
+    ask(engine, 3)
+
+
+def test_an_op_the_runtime_lacks_is_left_to_the_live_path(start: Start):
+    engine = start("Once", graph=chain())
+    engine.apply(
+        Delta(
+            [
+                AddNode("double", "aten.add.Tensor", (Ref("relu.75"), Ref("relu.75"))),
+                AddNode("half", "aten.mul.Tensor", (Ref("double"), 0.5)),
+                Rewire(Ref("relu.75"), Ref("half"), ("relu.76",)),
+            ]
+        )
+    )
+    assert engine.settle(SETTLED_S)
+    assert tiers(engine)["once"] == 2
+    assert {s.block for s in engine.model.slot.plan.steps if s.tier != "once"} == {"double", "half"}
+    ask(engine, 3)
+
+
+def test_a_slower_candidate_is_refused_with_its_figures(start: Start, said: Said):
+    engine = start("Slow", graph=chain(40))
+    before = ask(engine)
+    assert engine.settle(SETTLED_S)
+    (refused,) = of(said, "plan.refused")
+    assert refused["stage"] == "performance"
+    assert refused["trial"]["ratio"] > 2
+    assert ask(engine, 3) == before
+    assert states(engine) == {"slow whole": "no gain"}
+
+
+def test_a_wrong_candidate_never_answers(start: Start, said: Said):
+    engine = start("Wrong", graph=chain())
+    before = ask(engine)
+    assert engine.settle(SETTLED_S)
+    assert of(said, "plan.refused")[0]["stage"] == "verify"
+    assert ask(engine, 3) == before
+    assert states(engine) == {"wrong whole": "failed"}
+
+
+def test_a_candidate_that_crashes_the_builder_costs_its_log_line(start: Start, said: Said):
+    engine = start("Segfault", "Once", graph=chain())
+    ask(engine)
+    assert engine.settle(SETTLED_S)
+    ask(engine, 3)
+    (quarantined,) = {fields["backend"] for fields in of(said, "builder.quarantined")}
+    assert quarantined == "segfault"
+    assert states(engine) == {"segfault whole": "failed", "once whole": "chosen"}
+
+
+@pytest.mark.parametrize("asked_before", [20, 0], ids=["shape of the trial", "shape never tried"])
+def test_a_plan_that_becomes_slow_is_taken_back_within_fifty_requests(
+    start: Start, said: Said, tmp_path: Path, asked_before: int
+):
+    engine = start("Tiring", graph=chain(), state="state")
+    ask(engine, asked_before)
+    assert engine.settle(SETTLED_S)
+    assert tiers(engine) == {"tiring": 1}
+    tired = engine.model.slot.plan.id
+    for folder in (tmp_path / "state" / "artifacts").iterdir():
+        (folder / "tired").touch()
+    served = 0
+    while not of(said, "plan.rolled_back") and served < 200:
+        served += len([plan for plan in [ask(engine)] if tired in plan])
+        engine.host.settle(SETTLED_S)
+    assert served <= 50
+    assert "tiring" not in tiers(engine)
+    assert states(engine) == {"tiring whole": "no gain"}
+
+
+def test_a_plan_that_fails_a_request_is_out_and_the_request_answered(
+    start: Start, said: Said, tmp_path: Path
+):
+    engine = start("Fragile", graph=chain(), state="state")
+    assert engine.settle(SETTLED_S)
+    assert tiers(engine) == {"fragile": 1}
+    for folder in (tmp_path / "state" / "artifacts").iterdir():
+        (folder / "broken").touch()
+    ask(engine, 3)
+    assert "fragile" not in tiers(engine)
+    engine.host.settle(SETTLED_S)
+    assert of(said, "plan.rolled_back")[0]["cause"] == "fault"
+
+
+def test_a_restart_serves_the_best_known_plan_without_a_build(start: Start, said: Said):
+    first = start("Once", graph=chain(), state="state")
+    assert first.settle(SETTLED_S)
+    ask(first)
+    first.close()
+    said.clear()
+    again = start("Once", state="state")
+    assert again.settle(SETTLED_S)
+    assert tiers(again) == {"once": 1}
+    assert of(said, "plan.built") == []
+    assert of(said, "builder.started") == []
+    ask(again, 3)
+
+
+def test_a_hot_shape_gets_an_artifact_of_its_own(start: Start):
+    engine = start("Once", graph=chain())
+    assert engine.settle(SETTLED_S)
+    assert "4" not in engine.model.slot.plan.steps[0].options
+    ask(engine, 40)
+    engine.host.better.look_again("chain")
+    engine.host.settle(SETTLED_S)
+    built = {shape for f in engine.host.better.findings("chain") for shape in f.shapes}
+    assert "1 thread, 4" in built
+    ask(engine, 3)
+
+
+def test_a_pin_keeps_the_plan_until_it_is_taken_away(start: Start, said: Said):
+    engine = start("Once", graph=chain())
+    engine.host.better.pins.set("chain", "ann", "load test", 3_600)
+    assert engine.settle(SETTLED_S)
+    assert "once" not in tiers(engine)
+    engine.host.better.pins.clear("chain", "ann")
+    engine.host.better.look_again("chain")
+    assert engine.settle(SETTLED_S)
+    assert tiers(engine) == {"once": 1}
+
+
+def test_an_interface_that_changes_under_way_leaves_everything_right(start: Start):
+    engine = start("Once", graph=chain())
+    delta = Delta(
+        [SetOutputs((("y", Ref(f"relu.{LENGTH - 2}")),)), RemoveNode(f"relu.{LENGTH - 1}")],
+        allow_interface_change=True,
+    )
+    engine.apply(delta)
+    assert engine.settle(SETTLED_S)
+    ask(engine, 3)
+    assert tiers(engine) == {"once": 1}
