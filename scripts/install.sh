@@ -34,7 +34,7 @@ PYTHON=$(pythons | tr '\n' ' ')
   (apt install python3 python3-venv), or name one: PYTHON=/path/of/python3"
 export PYTHON
 
-EDITABLE= scripts/setup.sh "$prefix" ""
+EDITABLE= scripts/setup.sh "$prefix" runtimes
 install -d "$root/etc/systemd/system" "$root/etc/sysusers.d" "$root/etc/tmpfiles.d"
 for unit in systemd/*.service systemd/*.socket; do
     sed "s|@PREFIX@|$prefix|g" "$unit" >"$root/etc/systemd/system/$(basename "$unit")"

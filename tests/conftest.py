@@ -8,10 +8,13 @@ import pytest
 
 SLOW = (
     "adapters/test_peft_oracle.py",
+    "backends",
+    "builder",
     "control/test_unprivileged_daemon.py",
     "core/test_families.py",
     "core/test_rules.py",
     "data/test_http_guards.py",
+    "engine/test_better_path.py",
     "executor/test_fused.py",
     "executor/test_fused_families.py",
     "frontend",
