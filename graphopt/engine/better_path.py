@@ -26,7 +26,7 @@ from graphopt.engine.pins import LIVE_TIERS, Pin, Pins, check_tiers
 from graphopt.engine.records import EngineSettings
 from graphopt.engine.shelf import Shelf
 from graphopt.engine.supply import Supply
-from graphopt.engine.traffic import hot_buckets
+from graphopt.engine.traffic import HotShapes, hot_shapes
 from graphopt.executor.switch import Outcome
 from graphopt.executor.threads import BackgroundThread
 
@@ -48,7 +48,7 @@ class _Course:
     model: LiveModel
     findings: Findings = field(default_factory=Findings)
     campaign: Campaign | None = None
-    buckets: list[dict[str, int]] = field(default_factory=list)
+    shapes: HotShapes = field(default_factory=HotShapes)
     pinned_until_s: float | None = None
     is_stale: bool = False  # the campaign is to start anew
     is_begun: bool = False  # it had a campaign in this process
@@ -180,14 +180,16 @@ class BetterPath:
         return self._fused.why_not(model.facts, block)
 
     def artifacts_in_use(self) -> set[tuple[str, ...]]:
-        """Keys of the artifacts that plans with a role run on."""
-        return {
+        """Keys of the artifacts that plans with a role run on, or that are put together for one."""
+        courses = list(self._courses.values())
+        run = {
             key
-            for course in list(self._courses.values())
+            for course in courses
             for known in course.model.known()
             for overlay in known.overlays
             for key in overlay.artifacts
         }
+        return run.union(*(course.campaign.wanted for course in courses if course.campaign))
 
     def close(self) -> None:
         """Ends the builder. The background thread has ended before."""
@@ -215,7 +217,7 @@ class BetterPath:
             restores = not course.is_begun and self.pins.is_inherited(model.name)
             campaign = Campaign(model, self._means, course.findings, restores=restores)
             course.campaign, course.is_begun = campaign, True
-            course.buckets = hot_buckets(model.slot)
+            course.shapes = hot_shapes(model.slot)
         delay_s = campaign.step(lambda: self._wake(course))
         if campaign.is_over and campaign.revision != model.revision:
             delay_s = 0.0
@@ -265,7 +267,7 @@ class BetterPath:
             until_s = pin.until_s if pin is not None else None
             is_over = course.campaign is not None and course.campaign.is_over
             is_free = until_s is None and course.pinned_until_s is not None
-            is_other = is_over and self.link and hot_buckets(model.slot) != course.buckets
+            is_other = is_over and self.link and _are_others(hot_shapes(model.slot), course.shapes)
             if is_free or is_other:
                 self._renew(course)
             course.pinned_until_s = until_s
@@ -312,3 +314,8 @@ class BetterPath:
     def _notify(self) -> None:
         with self._changed:
             self._changed.notify_all()
+
+
+def _are_others(now: HotShapes, before: HotShapes) -> bool:
+    """Whether shapes became hot that were not: their order and exact share are no reason."""
+    return any(bucket not in before.buckets for bucket in now.buckets)

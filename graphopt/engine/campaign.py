@@ -23,13 +23,15 @@ from graphopt.engine.improve import FusedStage, Waiting
 from graphopt.engine.live import LiveModel
 from graphopt.engine.pins import Pins
 from graphopt.engine.supply import Supply
-from graphopt.engine.traffic import hot_buckets, request_seconds
+from graphopt.engine.traffic import hot_shapes, request_seconds
 from graphopt.errors import BuilderError
 from graphopt.executor.arrangement import Arrangement, ArtifactKey, Overlay
 from graphopt.executor.plan import run_plan
 from graphopt.executor.switch import Outcome
 
 RETRY_S = 0.1  # until a switch that is not ready is asked again
+TRIAL_MAX_S = 10.0  # of a trial without traffic; a pair takes four requests
+PAIRS_MIN = 12  # with fewer only a difference of 2x could be told
 COVERED_MIN = (
     0.5  # of the nodes that a plan wants on a runtime: with fewer built it is another plan
 )
@@ -68,6 +70,7 @@ class Campaign:
         self._waits_for: Future[Any] | None = None
         self._verdict: Future[Outcome] | None = None
         self._asked: list[Future[Answer]] = []  # of the builder, for the plan at hand
+        self.wanted: frozenset[ArtifactKey] = frozenset()  # to be kept in memory for it
 
     def step(self, wake: Callable[[], None]) -> float | None:
         """Goes on as far as possible.
@@ -87,7 +90,7 @@ class Campaign:
             try:
                 asked = self._resume(value)
             except StopIteration:
-                self.is_over = True
+                self.is_over, self.wanted = True, frozenset()
                 return None
             value = None
             if isinstance(asked, Future):
@@ -105,7 +108,7 @@ class Campaign:
     def close(self) -> None:
         """Ends it where it is."""
         if not self.is_over:
-            self.is_over = True
+            self.is_over, self.wanted = True, frozenset()
             self._course.close()
             for future in self._asked:
                 future.cancel()
@@ -125,15 +128,16 @@ class Campaign:
         if link is None or not self._means.supply.versions():
             return
         facts = self.model.facts
-        buckets = hot_buckets(self.model.slot)
-        if not self.model.arrangement.overlays and self._recall(facts) and not buckets:
+        shapes = hot_shapes(self.model.slot)
+        if not self.model.arrangement.overlays and self._recall(facts) and not shapes.buckets:
             return
         link.set_requests(self.model.name, self.model.requests())
         document = {
             "backends": list(self._means.supply.versions()),
             "threads": self._means.threads,
             "streams": self._means.streams,
-            "buckets": buckets,
+            "buckets": list(shapes.buckets),
+            "buckets_share": shapes.share,
             "latency_s": self._latency_s(),
         }
         try:
@@ -171,6 +175,7 @@ class Campaign:
         finding = Finding(plan["label"], "building", revision=self.revision)
         keyed = self._keyed(facts, pieces_of(plan))
         finding = _with_keys(finding, keyed)
+        self.wanted = frozenset(key for _, key in keyed)
         self.findings.note(finding)
         finding = yield from self._build(finding, facts, keyed)
         overlays = overlays_of(facts, keyed, self._means.supply.loaded)
@@ -232,6 +237,7 @@ class Campaign:
         while why := switch.consider(
             new.plan, finding.label, expected=old.plan,
             is_known=is_known and finding.structures <= self._means.supply.proven(finding.label),
+            pairs_max=self._pairs_max(),
         ):  # fmt: skip
             if model.slot.plan is not old.plan:
                 return
@@ -310,6 +316,11 @@ class Campaign:
         if found is None and not self.model.slot.is_busy():
             found = self.model.time_once(self.model.inputs_to_try()[0])
         return found
+
+    def _pairs_max(self) -> int:
+        """As many pairs as fit into the time that a trial may take on captured inputs alone."""
+        latency_s = self._latency_s() or 0.0
+        return max(PAIRS_MIN, int(TRIAL_MAX_S / (4 * max(latency_s, 1e-6))))
 
     def _warm(self, arrangement: Arrangement) -> None:
         """Runs a plan once before any request does: first calls allocate, and page weights in."""

@@ -1,6 +1,7 @@
 """The engine as a library: one graph, live in this process."""
 
 import os
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -38,6 +39,8 @@ class Engine:
         state_dir: str | Path | None = None,
     ) -> None:
         self.host = Host(settings, state_dir)
+        self._intra_op = self.host.settings.intra_op
+        self._seats = threading.BoundedSemaphore(self.host.settings.threads)
         self._signature: tuple[Graph | None, Signature | None] = (None, None)
         try:
             loaded = self.host.models()
@@ -60,16 +63,30 @@ class Engine:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model in this thread, with the calling convention of the module it was imported
         from.
+
+        At most `settings.threads` callers run at once, each with `settings.intra_op` torch threads;
+        the caller's own count is given back.
         """
         graph, signature = self._signature
         if graph is not self.model.graph or signature is None:
             signature = signature_of(self.model.graph)
             self._signature = (self.model.graph, signature)
-        return signature.rebuild(self.model.run(signature.bind(args, kwargs)).outputs)
+        return signature.rebuild(self.run(signature.bind(args, kwargs)).outputs)
 
     def run(self, inputs: Mapping[str, torch.Tensor]) -> Result:
-        """Runs the model on inputs by name. Raises RequestError when they do not fit."""
-        return self.model.run(inputs)
+        """Runs the model on inputs by name, in this thread, as a call does.
+
+        Raises RequestError when they do not fit.
+        """
+        with self._seats:
+            intra_op, own = self._intra_op, torch.get_num_threads()
+            if own == intra_op:
+                return self.model.run(inputs)
+            torch.set_num_threads(intra_op)
+            try:
+                return self.model.run(inputs)
+            finally:
+                torch.set_num_threads(own)
 
     def apply(self, delta: DeltaLike) -> Applied:
         """Applies a delta: a `Delta`, a mapping, or the path of a YAML or JSON file.

@@ -17,7 +17,7 @@ time to time while `phase` is not idle.
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from graphopt.executor.guard import Alarm, Baseline, Guard, Hysteresis, baseline_of
@@ -118,6 +118,7 @@ class Switch:
         expected: Plan,
         is_known: bool = False,
         weights: Mapping[Bucket, float] | None = None,
+        pairs_max: int | None = None,
     ) -> str:
         """Begins the trial of a verified candidate against the published plan `expected`.
 
@@ -127,6 +128,7 @@ class Switch:
             expected: the plan it was derived from.
             is_known: its cost was measured on this host and is lower: it is published and watched.
             weights: traffic by bucket; by default what the trial sees.
+            pairs_max: of this trial, where requests take long; by default that of the settings.
 
         Returns an empty string when that was done, otherwise why not now. The next `step` tells of a
         publication.
@@ -142,7 +144,10 @@ class Switch:
                 return "another plan was published"
             self._watch(None)
             return ""
-        trial = Trial(expected.id, candidate.id, self._settings, weights)
+        settings = self._settings
+        if pairs_max is not None:
+            settings = replace(settings, pairs_max=min(pairs_max, settings.pairs_max))
+        trial = Trial(expected.id, candidate.id, settings, weights)
         if not self._slot.begin_trial(trial, candidate, expected):
             self._clear()
             return "another plan was published"

@@ -19,6 +19,7 @@ from graphopt.planner.layout import Run, layer_count, layers, whole
 
 LAYER_S_MIN = 1e-3  # a layer worth a region of its own (DESIGN section 7)
 NODES_MIN = 2  # a call into a runtime costs more than one op
+HOT_ENOUGH = 0.9  # of the requests
 CUT_NODES_MIN = 8  # what a cut leaves over is worth a region of its own only from this size on
 PLANS_MAX = 8
 PREFERRED = ("openvino", "onnxruntime")  # the order in which they won on most models measured
@@ -35,7 +36,8 @@ def propose(
     Args:
         facts: of the graph.
         document: `backends`, names of the runtimes there are; `threads` and `streams` of a call;
-            `buckets`, the sizes of the graph's symbols by name in its hottest shapes, hottest first;
+            `buckets`, the sizes of the graph's symbols by name in its hottest shapes, hottest first,
+            and `buckets_share`, the share of the requests that have one of them;
             `latency_s`, what a request takes now, or None when it was not measured.
         offered: the backends by name; by default those that are registered.
 
@@ -79,7 +81,7 @@ def _plans(
         entries = variants[extra] = []
         for piece, symbols, choices in offers:
             choice = choices.get(extra) or next(iter(choices.values()))
-            for sizes in _sizes(symbols, document["buckets"]):
+            for sizes in _sizes(symbols, document):
                 options = Options(choice.threads, choice.streams, sizes, choice.extra)
                 entries.append({"blocks": list(piece), "options": options.document()})
     return [
@@ -115,10 +117,14 @@ def _node_count(facts: Facts, piece: list[str]) -> int:
     return sum(len(facts.regions[block].order) for block in piece)
 
 
-def _sizes(
-    symbols: tuple[str, ...], buckets: Iterable[Mapping[str, int]]
-) -> list[tuple[int, ...] | None]:
-    """The shape variants of a region: one that takes every shape, then one for each hot bucket."""
+def _sizes(symbols: tuple[str, ...], document: Document) -> list[tuple[int, ...] | None]:
+    """The shape variants of a region: one for each hot shape, and one that takes every shape.
+
+    The latter holds the weights once more, so it is left out where hardly a request would run it:
+    the others are served by the live path's tiers then.
+    """
     if not symbols:
         return [()]
-    return [None, *dict.fromkeys(tuple(bucket[name] for name in symbols) for bucket in buckets)]
+    hot = [tuple(bucket[name] for name in symbols) for bucket in document["buckets"]]
+    any_shape = [] if hot and document["buckets_share"] >= HOT_ENOUGH else [None]
+    return [*any_shape, *dict.fromkeys(hot)]

@@ -453,3 +453,19 @@ def test_a_fork_shares_constants_and_steps_and_goes_its_own_way(
         )
     finally:
         again.close()
+
+
+def test_a_call_runs_with_the_engines_threads_and_gives_the_callers_count_back(
+    engine: graphopt.Engine,
+):
+    torch.set_num_threads(2)
+    seen: list[int] = []
+    original = engine.model.run
+    engine.model.run = lambda inputs: (seen.append(torch.get_num_threads()), original(inputs))[1]  # type: ignore[method-assign]
+    try:
+        ids = torch.ones(2, 8, dtype=torch.int64)
+        engine(ids, ids)
+        assert seen == [1]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)

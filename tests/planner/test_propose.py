@@ -36,13 +36,17 @@ class Runtime:
 
 
 def ask(
-    offered: Sequence[Runtime], latency_s: float | None, *buckets: Mapping[str, int]
+    offered: Sequence[Runtime],
+    latency_s: float | None,
+    *buckets: Mapping[str, int],
+    share: float = 0.5,
 ) -> list[Any]:
     document = {
         "backends": [runtime.name for runtime in offered],
         "threads": 2,
         "streams": 1,
         "buckets": list(buckets),
+        "buckets_share": share,
         "latency_s": latency_s,
     }
     return propose(FACTS, document, {runtime.name: runtime for runtime in offered})["plans"]
@@ -68,6 +72,11 @@ def test_hot_shapes_get_variants_beside_the_one_for_every_shape():
     options = [options_of(region["options"]) for region in plan["regions"]]
     assert [option.sizes for option in options] == [None, (1, 16), (4, 8)]
     assert {option.threads for option in options} == {2}
+
+
+def test_where_hardly_a_request_has_another_shape_no_artifact_waits_for_it():
+    (plan,) = ask([Runtime("a")], None, {"batch": 1, "seq": 16}, share=0.95)
+    assert [options_of(region["options"]).sizes for region in plan["regions"]] == [(1, 16)]
 
 
 def test_a_run_is_cut_around_the_block_a_runtime_cannot_run():
