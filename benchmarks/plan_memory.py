@@ -77,7 +77,7 @@ def graphopt(folder: Path) -> dict[str, Any]:
                 settled = engine.settle(SETTLE_S)
             gc.collect()
             idle = snapshot()
-            old = {line.block: line for line in engine.explain().blocks}
+            old = {line.block: line for line in engine.explain().steps}
             layers = zoo.layer_weights(engine.graph)
             changed = layers[len(layers) // 2]
             tensors_of = {name: engine.graph.constants[name].tensor * 1.001 for name in changed}
@@ -93,7 +93,7 @@ def graphopt(folder: Path) -> dict[str, Any]:
             del tensors_of
             peak = watched(swap)
             gc.collect()
-            after, tiers = snapshot(), {line.tier for line in engine.explain().blocks}
+            after, tiers = snapshot(), {line.tier for line in engine.explain().steps}
             rebuilt = _rebuilt_bytes(engine, set(changed))
     bound = changed_bytes + ARTIFACT_SHARE * rebuilt
     return {

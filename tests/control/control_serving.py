@@ -69,7 +69,9 @@ def serving(
     deadlines: Deadlines | None = None,
     inherited: Sequence[socket.socket] = (),
     state: Path | None = None,
+    **engine: Any,
 ) -> Iterator[Service]:
+    """A service of `graphs`; `engine` are settings of it, by default without the better path."""
     settings = Settings(
         control=ControlSettings(
             socket=folder / "c.sock", group="", levels=levels or LevelSettings()
@@ -83,8 +85,8 @@ def serving(
         EngineSettings(
             threads=1,
             intra_op=1,
-            improve=False,
             events=lambda name, fields: said.append((name, dict(fields), dict(origin()))),
+            **{"improve": False, **engine},
         ),
         state,
     )

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -15,16 +16,19 @@ from safetensors.torch import save_file
 
 from graphopt.delta_document import DECODERS
 from graphopt.errors import DocumentError
+from graphoptd.control.pinning import user_name
 from graphoptd.ctl.commands import COMMANDS
 from graphoptd.ctl.parser import build_parser
 from helpers.golden import check_golden
 
+_ME = user_name(os.getuid())
 _VARYING = (
     (re.compile(r"pid \d+"), "pid N"),
     (re.compile(r"up [0-9a-z ]+,"), "up TIME,"),
     (re.compile(r"live after [0-9.]+ ms"), "live after TIME"),
     (re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"), "DATE TIME"),
     (re.compile(r"\d\d:\d\d:\d\d\.\d{3}"), "TIME"),
+    (re.compile(rf"pinned by {re.escape(_ME)}\b"), "pinned by ME"),
     (re.compile(r"waited [0-9.]+ s"), "waited TIME"),
     (re.compile(r"\b[0-9a-f]{12}\b"), "HASH"),
 )
@@ -34,7 +38,7 @@ def _session(service: Service, folder: Path, *commands: str) -> str:
     """Commands and what they print, as a person would see it."""
     text = []
     for command in commands:
-        ran = ctl(service, *(word.replace("DIR", str(folder)) for word in command.split()))
+        ran = ctl(service, *(word.replace("DIR", str(folder)) for word in shlex.split(command)))
         said = ran.out + ran.err + (f"exit {ran.code}\n" if ran.code else "")
         text.append(f"$ graphoptctl {command}\n{said}")
     shown = "\n".join(text).replace(str(service.socket), "SOCKET").replace(str(folder), "DIR")
@@ -53,6 +57,16 @@ def test_the_tables_people_see(service: Service, tmp_path: Path) -> None:
         "settle", "reload --wait", "reload", "top",
     )  # fmt: skip
     check_golden("tables.txt", shown)
+
+
+def test_the_pins_people_see(service: Service, tmp_path: Path) -> None:
+    shown = _session(
+        service, tmp_path, "pin --for 2h --reason 'load test'", "status", "explain",
+        "pin transformer --for 3d --reason 'spins' --tier fused --tier eager", "status",
+        "unpin transformer", "unpin", "pin --for 2h --reason ' '",
+        "pin --for 2h --reason x --tier fussed", "pin other --for 2h --reason x", "status",
+    )  # fmt: skip
+    check_golden("pins.txt", shown)
 
 
 def test_the_errors_people_see(service: Service, tmp_path: Path) -> None:

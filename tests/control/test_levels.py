@@ -20,7 +20,7 @@ _READ = [
     "hello", "help", "status", "models", "nodes", "show", "history", "explain", "diff", "new_delta",
     "top", "logs",
 ]  # fmt: skip
-_OPERATE = ["apply", "rollback", "fork", "settle"]
+_OPERATE = ["apply", "rollback", "fork", "pin", "unpin", "settle"]
 _ADMIN = ["load", "unload", "reload"]
 
 

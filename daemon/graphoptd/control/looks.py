@@ -6,7 +6,7 @@ without a lock; what they say is one revision's truth, named in the reply.
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from fnmatch import translate
 from re import compile as compile_pattern
@@ -23,6 +23,11 @@ from graphopt.graph import Graph
 from graphopt.limits import NAME_CHARS_MAX
 from graphopt.text import print_graph, print_node
 from graphoptd.control.context import ControlContext
+from graphoptd.control.differences import (
+    difference_counts,
+    difference_lines,
+    plan_of_difference,
+)
 from graphoptd.control.task import Answer, Task
 from graphoptd.control.templates import new_delta_text
 
@@ -84,7 +89,11 @@ def snapshot(context: ControlContext) -> dict[str, Any]:
         "state": str(context.settings().state.path) if host.folder is not None else None,
         "executor_threads": host.settings.threads,
         "intra_op_threads": host.settings.intra_op,
-        "models": [model_row(model) for _, model in sorted(host.models().items())],
+        "builder": asdict(host.better.status()),
+        "models": [
+            model_row(model) | {"pin": pin_row(context, model.name)}
+            for _, model in sorted(host.models().items())
+        ],
         "statistics": dict(context.statistics()),
     }
 
@@ -106,6 +115,12 @@ def model_row(model: LiveModel) -> dict[str, Any]:
         "inputs": {name: str(type_) for name, type_ in graph.inputs},
         "outputs": {name: str(facts.type_of(ref)) for name, ref in graph.outputs},
     }
+
+
+def pin_row(context: ControlContext, model: str) -> dict[str, Any] | None:
+    """The pin in force, as JSON values."""
+    held = context.host.better.pins.held(model)
+    return asdict(held) if held is not None else None
 
 
 def adapters_of(graph: Graph) -> list[str]:
@@ -170,20 +185,32 @@ async def history(task: Task, params: ModelParams) -> Answer:
 
 
 async def explain(task: Task, params: ModelParams) -> Answer:
-    """The published plan, block by block, with reasons."""
+    """The published plan step by step, what else was considered, the pin, the builder."""
     model = task.find(params.model)
     found = await task.lanes.look.run(lambda: asdict(explain_model(task.context.host, model)))
-    return Answer(found | {"blocks": list(found["blocks"])}, rows="blocks")
+    listed = {"steps": list(found["steps"]), "candidates": list(found["candidates"])}
+    return Answer(found | listed, rows="steps")
 
 
 async def diff(task: Task, params: DiffParams) -> Answer:
-    """What differs between two revisions: as lines of the text form, and as a delta."""
+    """What differs between two revisions: counts, lines of the text form, a delta, the plan there."""
     model = task.find(params.model)
     old, new = model.graph_at(params.from_revision), model.graph_at(params.to_revision)
     lines = await task.lanes.look.run(lambda: list(difference_lines(old, new)))
     edits = await task.lanes.look.run(lambda: encode_delta(difference(old, new))["edits"])
-    head = {"from_revision": params.from_revision, "to_revision": params.to_revision}
-    return Answer({"model": model.name, **head, "edits": edits, "lines": lines}, rows="lines")
+    found = {
+        "model": model.name,
+        "from_revision": params.from_revision,
+        "to_revision": params.to_revision,
+        "counts": difference_counts(old, new),
+        "plan": None,
+        "edits": edits,
+        "lines": lines,
+    }
+    plan = model.slot.plan
+    if plan.revision in (params.from_revision, params.to_revision):
+        found["plan"] = await task.lanes.look.run(lambda: plan_of_difference(plan, old, new))
+    return Answer(found, rows="lines")
 
 
 async def new_delta(task: Task, params: NewDeltaParams) -> Answer:
@@ -191,33 +218,6 @@ async def new_delta(task: Task, params: NewDeltaParams) -> Answer:
     model = task.find(params.model)
     text = await task.lanes.look.run(lambda: new_delta_text(params.kind, model))
     return Answer({"model": model.name, "text": text})
-
-
-def difference_lines(old: Graph, new: Graph) -> Iterator[str]:
-    """Lines of the text form that went (`-`) and came (`+`); only what differs is looked at twice."""
-    changed = [id for id in {*old.nodes, *new.nodes} if old.nodes.get(id) != new.nodes.get(id)]
-    place = {id: (1, new.order_key(id)) for id in changed if id in new.nodes}
-    place |= {id: (0, old.order_key(id)) for id in changed if id not in new.nodes}
-    for id in sorted(changed, key=place.__getitem__):
-        for sign, graph in (("-", old), ("+", new)):
-            if id in graph.nodes:
-                yield f"{sign} {print_node(graph.nodes[id])}"
-    tables: tuple[tuple[str, Mapping[str, Any], Mapping[str, Any]], ...] = (
-        ("const", old.constants, new.constants),
-        ("alias", old.aliases, new.aliases),
-        ("input", dict(old.inputs), dict(new.inputs)),
-        ("output", dict(old.outputs), dict(new.outputs)),
-    )
-    for word, before, after in tables:
-        for name in sorted({*before, *after}):
-            if before.get(name) != after.get(name):
-                for sign, table in (("-", before), ("+", after)):
-                    if name in table:
-                        yield f"{sign} {word} {name}: {_shown(table[name])}"
-    for sign, graph in (("-", old), ("+", new)):
-        if old.symbols != new.symbols:
-            for symbol in graph.symbols:
-                yield f"{sign} symbol {symbol.name} in {symbol.min}..{symbol.max or ''}"
 
 
 def _node_row(facts: Facts, id: str, tiers: Mapping[str, str]) -> dict[str, Any]:
@@ -229,9 +229,3 @@ def _node_row(facts: Facts, id: str, tiers: Mapping[str, str]) -> dict[str, Any]
         "block": "context" if block == CONTEXT else block,
         "tier": tiers.get(block) if block is not None else None,
     }
-
-
-def _shown(value: Any) -> str:
-    if hasattr(value, "digest"):
-        return f"{value.type} sha256:{value.digest[:12]}"
-    return str(value)

@@ -10,7 +10,7 @@ from typing import Any
 
 from graphopt.documents import decode, from_value
 from graphopt.errors import GraphoptError, ProtocolError, nearest
-from graphoptd.control import changes, looks, streams
+from graphoptd.control import changes, looks, pinning, streams
 from graphoptd.control.levels import Level
 from graphoptd.control.looks import NoParams
 from graphoptd.control.task import Answer, Task
@@ -130,6 +130,8 @@ METHODS: Mapping[str, Method] = {
     "apply": Method(Level.OPERATE, changes.ApplyParams, changes.apply),
     "rollback": Method(Level.OPERATE, changes.RollbackParams, changes.rollback),
     "fork": Method(Level.OPERATE, changes.ForkParams, changes.fork),
+    "pin": Method(Level.OPERATE, pinning.PinParams, pinning.pin),
+    "unpin": Method(Level.OPERATE, pinning.UnpinParams, pinning.unpin),
     "settle": Method(Level.OPERATE, streams.SettleParams, streams.settle),
     "load": Method(Level.ADMIN, changes.LoadParams, changes.load),
     "unload": Method(Level.ADMIN, changes.UnloadParams, changes.unload),

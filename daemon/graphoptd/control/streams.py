@@ -6,11 +6,13 @@ stops. Without `more` each gives one answer.
 
 import asyncio
 from collections.abc import Awaitable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from graphopt.documents import rule
+from graphopt.engine.builder_jobs import BuilderStatus
 from graphopt.errors import DeadlineError, ProtocolError
+from graphopt.tables import count_word
 from graphoptd.control.looks import snapshot
 from graphoptd.control.task import Answer, Task
 from graphoptd.settings import SECONDS_MAX
@@ -59,18 +61,33 @@ async def settle(task: Task, params: SettleParams) -> Answer:
             if await task.lanes.wait.run(lambda: host.settle(slice_s)):  # noqa: B023 - awaited here
                 return Answer({"settled": True, "waited_s": round(clock() - start_s, 3)})
             if left_s is not None and left_s <= slice_s:
-                raise DeadlineError(
-                    f"the background still has work after {params.timeout_s:g} s",
-                    where="settle",
-                    remedy="wait longer: graphoptctl settle --timeout S",
-                )
+                raise too_late(params.timeout_s or 0.0, host.better.status())
             if gone.done() or task.stopping.is_set():
                 return Answer({"settled": False, "waited_s": round(clock() - start_s, 3)})
             if task.call.more and clock() - said_s >= _PROGRESS_S:
                 said_s = clock()
-                await task.part({"settled": False, "waited_s": round(said_s - start_s, 3)})
+                at = {"builder": asdict(host.better.status())}
+                await task.part({"settled": False, "waited_s": round(said_s - start_s, 3), **at})
     finally:
         await _ended(gone)
+
+
+def too_late(timeout_s: float, builder: BuilderStatus) -> DeadlineError:
+    """Why `settle` gave up: a builder that gets no time is another matter than one at work."""
+    message = f"the background still has work after {timeout_s:g} s"
+    if builder.state == "starved":
+        share = "" if builder.share_pct is None else f" with {builder.share_pct:.3g}% of a core"
+        return DeadlineError(
+            f"{message}: the builder is starved{share}",
+            where="settle",
+            remedy="leave it some time on a core, or raise builder.floor_pct; models serve meanwhile",
+        )
+    if builder.state in ("building", "starting", "restarting"):
+        jobs = count_word(builder.queued, "job")
+        message += f": the builder is {builder.state}, {jobs} without an answer"
+    return DeadlineError(
+        message, where="settle", remedy="wait longer: graphoptctl settle --timeout S"
+    )
 
 
 async def logs(task: Task, params: LogsParams) -> Answer:

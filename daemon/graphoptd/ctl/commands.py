@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from graphopt.errors import GraphoptError
+from graphopt.explained import builder_line
 from graphoptd.control.opening import (
     Opened,
     close_opened,
@@ -122,10 +123,21 @@ def settle(client: Client, options: Options) -> Exit:
     params = {"timeout_s": options.timeout}
     found: dict[str, Any] = {}
     for found in client.stream("settle", params, timeout_s=timeout_s):
-        if not found["settled"] and sys.stderr.isatty():
-            sys.stderr.write(f"waiting, {found['waited_s']:.0f} s\n")
+        if not found["settled"] and "builder" in found and sys.stderr.isatty():
+            sys.stderr.write(f"{found['waited_s']:.0f} s, {builder_line(found['builder'])}\n")
     _shown(found, options, views.settled)
     return Exit.OK if found["settled"] else Exit.BUSY
+
+
+def pin(client: Client, options: Options) -> Exit:
+    """`pin [MODEL] --for DURATION --reason TEXT [--tier T ...]`."""
+    params = {
+        "model": options.model,
+        "for_s": options.duration_s,
+        "reason": options.reason,
+        "tiers": options.tiers,
+    }
+    return _shown(client.ask("pin", params), options, views.pinned)
 
 
 def top(client: Client, options: Options) -> Exit:
@@ -185,6 +197,8 @@ COMMANDS: Mapping[str, Command] = {
     "load": load,
     "unload": simple("unload", views.unloaded, "model"),
     "reload": simple("reload", views.reloaded, "wait"),
+    "pin": pin,
+    "unpin": simple("unpin", views.pinned, "model"),
     "settle": settle,
     "top": top,
     "logs": logs,

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TextIO
 
+from graphopt.tables import plain_table, word
+
 _CONTROL = dict.fromkeys((*range(32), *range(127, 160)), "�")
 _ERROR_LINES_MAX = 20
 
@@ -34,22 +36,6 @@ def show_table(head: Sequence[str], rows: Iterable[Sequence[Any]], right: str = 
         _show_rich(head, cells, numbers)
     else:
         show_lines(plain_table(head, cells, numbers))
-
-
-def plain_table(
-    head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[str] = ()
-) -> list[str]:
-    """Columns as wide as they need, two blanks apart."""
-    table = [head, *rows]
-    widths = [max(len(row[column]) for row in table) for column in range(len(head))]
-    lines = []
-    for row in table:
-        cells = [
-            cell.rjust(width) if name in numbers else cell.ljust(width)
-            for name, cell, width in zip(head, row, widths, strict=True)
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return lines
 
 
 def show_pairs(pairs: Mapping[str, Any]) -> None:
@@ -84,43 +70,6 @@ def error_lines(body: Mapping[str, Any]) -> list[str]:
     if remedy:
         lines.append(f"  do:    {clean(remedy)}")
     return lines
-
-
-def word(value: Any) -> str:
-    """A value in a cell."""
-    if value is None or value == [] or value == {}:
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name} {word(item)}" for name, item in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(map(word, value))
-    return str(value)
-
-
-def bytes_word(count: int) -> str:
-    """A size in the unit that suits it."""
-    size = float(count)
-    for unit in ("B", "KB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
-
-
-def seconds_word(seconds: float) -> str:
-    """A duration in at most two units."""
-    left = int(seconds)
-    units = (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1))
-    parts: list[str] = []
-    for name, size in units:
-        if left >= size or (name == "s" and not parts):
-            parts.append(f"{left // size} {name}")
-            left %= size
-    return " ".join(parts[:2])
 
 
 def clean(text: str) -> str:

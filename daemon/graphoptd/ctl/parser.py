@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from graphoptd.ctl.client import TIMEOUT_S, Exit
+from graphoptd.ctl.durations import duration_s
 
 SHELLS = ("bash", "zsh", "fish")
 
@@ -13,6 +14,11 @@ _MODEL_HELP = "the model; may be left out when one is loaded"
 _EPILOG = """\
 exit codes: 0 done, 1 rejected, 2 usage, 3 unreachable, 4 precondition failed, 5 denied,
 6 timed out, 7 busy (try again)
+"""
+_PIN_EPILOG = """\
+Without --tier the published plan is held as it is. With --tier the search for better plans goes on
+within those tiers, and what runs on others is taken off at once. Deltas go live as always, and a
+plan that fails or becomes slower is still taken back.
 """
 
 
@@ -123,6 +129,23 @@ def _add_changes(add: Adder) -> None:
     rollback = add("rollback", "Make a new revision that equals an old one")
     _model(rollback)
     rollback.add_argument("revision", type=_revision, metavar="REV")
+    pin = add(
+        "pin",
+        "Hold a model's plan for a while, or keep it to some tiers",
+        epilog=_PIN_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _model(pin)
+    pin.add_argument(
+        "--for", dest="duration_s", type=duration_s, required=True, metavar="DURATION",
+        help="until it ends by itself: 30s, 15m, 2h, 3d; at most 30d",
+    )  # fmt: skip
+    pin.add_argument("--reason", required=True, metavar="TEXT", help="why; status shows it")
+    pin.add_argument(
+        "--tier", dest="tiers", action="append", metavar="TIER",
+        help="one that plans may still use besides eager; may be given again",
+    )  # fmt: skip
+    _model(add("unpin", "Take a model's pin away"))
     fork = add("fork", "Make a second live model that shares everything with the first")
     _model(fork)
     fork.add_argument("new", metavar="NEW")

@@ -4,15 +4,19 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from graphoptd.ctl.output import (
-    bytes_word,
-    clean,
-    seconds_word,
-    show_lines,
-    show_pairs,
-    show_table,
-    word,
+from graphopt.explained import (
+    CANDIDATE_HEAD,
+    CANDIDATE_NUMBERS,
+    STEP_HEAD,
+    STEP_NUMBERS,
+    builder_line,
+    candidate_rows,
+    head_lines,
+    pin_line,
+    step_rows,
 )
+from graphopt.tables import bytes_word, seconds_word, word
+from graphoptd.ctl.output import clean, show_lines, show_pairs, show_table
 
 Result = Mapping[str, Any]
 
@@ -21,7 +25,7 @@ _ID_CHARS = 20  # of a delta id in a table; --json has all of it
 
 
 def status(result: Result) -> None:
-    """The service in a line, its models in a table, its figures below."""
+    """The service in a line, its models in a table, below it pins, builder and figures."""
     line = (
         f"graphoptd {result['version']}, pid {result['pid']}, up {seconds_word(result['uptime_s'])}"
     )
@@ -34,6 +38,8 @@ def status(result: Result) -> None:
         models(result)
     else:
         show_lines(["no model is loaded: graphoptctl load NAME BUNDLE"])
+    show_lines(pin_line(row["pin"]) for row in result["models"] if row["pin"])
+    show_lines([builder_line(result["builder"])])
     if result["statistics"]:
         show_pairs(result["statistics"])
 
@@ -98,23 +104,40 @@ def history(result: Result) -> None:
 
 
 def explanation(result: Result) -> None:
-    """One row a block."""
-    show_lines(
-        [
-            f"{result['model']} revision {result['revision']}, plan {result['plan_id']}, "
-            f"graph {result['graph_hash'][:_HASH_CHARS]}"
-        ]
-    )
-    rows = [
-        (row["block"], row["nodes"], row["tier"], row["key"][:_HASH_CHARS], row["reason"])
-        for row in result["blocks"]
-    ]
-    show_table(("block", "nodes", "tier", "key", "why"), rows, "nodes")
+    """One row a step, one a candidate, and the builder."""
+    show_lines([*head_lines(result), ""])
+    show_table(STEP_HEAD, step_rows(result), " ".join(STEP_NUMBERS))
+    show_lines([""])
+    if result["candidates"]:
+        show_table(CANDIDATE_HEAD, candidate_rows(result), " ".join(CANDIDATE_NUMBERS))
+        show_lines([""])
+    show_lines([builder_line(result["builder"])])
 
 
 def difference(result: Result) -> None:
-    """Lines that went and came."""
-    show_lines(result["lines"] or ["the graphs are equal"])
+    """Counts, lines that went and came, and what runs what differs."""
+    if not result["lines"]:
+        show_lines(["the graphs are equal"])
+        return
+    kinds = [_counted(kind, counts) for kind, counts in result["counts"].items()]
+    show_lines(["; ".join(kinds), *result["lines"]] if kinds else result["lines"])
+    plan = result["plan"]
+    if plan is None:
+        return
+    show_lines([f"revision {plan['revision']} runs plan {plan['plan_id']}: {word(plan['tiers'])}"])
+    for step in plan["touched"]:
+        on = f"{step['tier']} ({step['options']})" if step["options"] else step["tier"]
+        over = f", {step['blocks']} blocks" if step["blocks"] > 1 else ""
+        show_lines([f"  {step['block']}{over}: {on}"])
+
+
+def pinned(result: Result) -> None:
+    """The pin, and what runs now."""
+    show_lines([pin_line(result["pin"]) if result["pin"] else f"{result['model']} is not pinned"])
+    what = f"it runs plan {result['plan_id']}: {word(result['tiers'])}"
+    if not result["in_force"]:
+        what += "; the background is busy and acts on the pin next: see graphoptctl explain"
+    show_lines([what])
 
 
 def applied(result: Result) -> None:
@@ -204,6 +227,12 @@ def log_line(line: dict[str, Any]) -> None:
     show_lines([f"{time[11:23]} {severity:<7} {event:<16} {' '.join(fields)}".rstrip()])
     for row in str(line.get("exception", "")).splitlines():
         show_lines([f"    {row}"])
+
+
+def _counted(kind: str, counts: Mapping[str, int]) -> str:
+    """`nodes: 2 added, 1 changed`."""
+    name = {"const": "constants", "alias": "aliases"}.get(kind, f"{kind}s")
+    return f"{name}: " + ", ".join(f"{count} {how}" for how, count in counts.items() if count)
 
 
 def _field(value: Any) -> str:
