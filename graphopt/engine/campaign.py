@@ -167,11 +167,12 @@ class Campaign:
         if not self.model.publish(old, new):
             return False
         finding = Finding(label, "chosen", "chosen before for this graph", self.revision)
-        self.findings.note(_with_keys(finding, keyed))
+        self.findings.note(_with_figures(_with_keys(finding, keyed), self.findings.get(label)))
         return True
 
     def _pursue(self, plan: Mapping[str, Any], facts: Facts) -> Waiting:
         """Builds one proposed plan and has it judged."""
+        before = self.findings.get(plan["label"])
         finding = Finding(plan["label"], "building", revision=self.revision)
         keyed = self._keyed(facts, pieces_of(plan))
         finding = _with_keys(finding, keyed)
@@ -182,7 +183,7 @@ class Campaign:
         old = self.model.arrangement
         new = Arrangement.of(old.base, overlays)
         if new.plan.id == old.plan.id and overlays:
-            self.findings.note(replace(finding, state="chosen"))
+            self.findings.note(_with_figures(replace(finding, state="chosen"), before))
             return
         if _nodes(overlays) < COVERED_MIN * sum(_nodes_of(facts, run) for run in _runs(keyed)):
             self.findings.note(replace(finding, state="failed"))
@@ -190,7 +191,8 @@ class Campaign:
         pin = self._means.pins.get(self.model.name)
         if pin is not None and not pin.allows(plan["backend"]):
             reason = f"pinned by {pin.owner}: {pin.reason}"
-            self.findings.note(replace(finding, state="held", reason=reason))
+            held = replace(finding, state="held", reason=reason)
+            self.findings.note(_with_figures(held, before))
             return
         self._warm(new)
         yield from self._judge(replace(finding, state="on trial"), old, new)
@@ -364,6 +366,17 @@ def _with_keys(finding: Finding, keyed: Keyed) -> Finding:
         structures=frozenset(key[0] for _, key in keyed),
         shapes=frozenset(piece.options.label for piece, _ in keyed),
     )
+
+
+def _with_figures(finding: Finding, before: Finding | None) -> Finding:
+    """The finding with what was measured the last time, where nothing had to be measured now."""
+    if before is None:
+        return finding
+    reason = before.reason if before.state == finding.state else ""
+    return replace(
+        finding, reason=finding.reason or reason, ratio=before.ratio, latency_s=before.latency_s,
+        build_s=before.build_s if finding.build_s is None else finding.build_s,
+    )  # fmt: skip
 
 
 def _judged(finding: Finding, outcome: Outcome) -> Finding:

@@ -118,6 +118,7 @@ def test_a_pin_of_tiers_takes_off_the_others_before_it_is_answered(settled: Serv
     held = {row["label"]: row for row in explained(settled)["candidates"]}["once whole"]
     assert held["state"] == "held"
     assert "once spins" in held["reason"]
+    assert held["ratio"] < 0.8  # what was measured before the pin is still known
     assert ctl(settled, "unpin").code == 0
     assert ctl(settled, "settle", "--timeout", SETTLED_S).code == 0
     assert tiers(settled) == {"once": 1}
@@ -135,6 +136,9 @@ def test_a_pin_without_tiers_holds_the_plan_and_deltas_go_live_all_the_same(
     assert ctl(settled, "pin", "--for", "2h", "--reason", "demo").code == 0
     assert ctl(settled, "settle", "--timeout", SETTLED_S).code == 0
     assert settled.host.get("chain").slot.plan.id == before
+    (once,) = explained(settled)["candidates"]
+    assert once["state"] == "chosen"
+    assert once["ratio"] < 0.8
     assert ctl(settled, "bypass", "relu.7").code == 0
     live = settled.host.get("chain").slot.plan.id
     assert ctl(settled, "settle", "--timeout", SETTLED_S).code == 0
