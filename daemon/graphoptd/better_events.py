@@ -13,7 +13,7 @@ from graphoptd.events import emit
 TEXT_CHARS_MAX = 4_096
 # Events whose fields need nothing but the renaming below.
 BETTER = (
-    "plan.built", "plan.confirmed", "plan.rolled_back", "plan.kept", "pin.set", "pin.cleared",
+    "plan.built", "plan.declined", "plan.confirmed", "plan.rolled_back", "plan.kept", "pin.set", "pin.cleared",
     "pin.expired", "builder.started", "builder.exited", "builder.starved", "builder.quarantined",
     "backend.missing", "artifact.dropped",
 )  # fmt: skip

@@ -106,7 +106,7 @@ FIELDS: Mapping[str, Field] = _fields(
     (
         "stage",
         "string",
-        "unsupported, build, load, verify, performance, crashed, hung, quarantined",
+        "unsupported, build, load, verify, trial, crashed, hung, quarantined",
         "where a candidate failed",
     ),
     (
@@ -300,7 +300,7 @@ EVENTS: Mapping[str, Event] = _events(
     (
         "plan.refused",
         "warning",
-        "a candidate was not taken",
+        "a candidate could not be built, loaded or proven, or failed a request of its trial",
         "graph revision reason",
         "stage cause block plan_id from_plan_id region backend code error_max tolerance ratio "
         "ratio_low ratio_high pairs backoff_s",
@@ -311,6 +311,13 @@ EVENTS: Mapping[str, Event] = _events(
         "new requests run on this plan",
         "graph revision plan_id",
         "from_plan_id tiers cause ratio ratio_low ratio_high pairs reason",
+    ),
+    (
+        "plan.declined",
+        "info",
+        "a proven candidate was tried and is no gain; it is not tried again for a while",
+        "graph revision plan_id from_plan_id reason",
+        "cause ratio ratio_low ratio_high pairs backoff_s",
     ),
     (
         "plan.confirmed",

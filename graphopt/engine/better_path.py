@@ -34,7 +34,7 @@ TICK_S = 2.0  # between looks at what nobody tells: traffic, pins, plans under w
 TRIAL_S = 0.02  # between looks at a trial
 IDLE_TRIAL_S = 0.25  # at a stretch on captured inputs: other models wait meanwhile
 _EVENTS = {
-    "published": "plan.published", "refused": "plan.refused", "confirmed": "plan.confirmed",
+    "published": "plan.published", "refused": "plan.declined", "confirmed": "plan.confirmed",
     "rolled_back": "plan.rolled_back", "kept": "plan.kept",
 }  # fmt: skip
 
@@ -250,9 +250,10 @@ class BetterPath:
             if outcome.decision == "published":
                 plan = model.arrangement.plan
                 fields = {**model.publication(plan, outcome.other), **outcome.fields()}
-            elif outcome.decision == "refused":
-                fields["stage"] = "performance"
-            self.settings.events(_EVENTS[outcome.decision], fields)
+            name = _EVENTS[outcome.decision]
+            if outcome.decision == "refused" and outcome.cause == "fault":
+                name, fields["stage"] = "plan.refused", "trial"
+            self.settings.events(name, fields)
         if outcome.decision == "rolled_back":
             course.findings.take_back(outcome)
             self.supply.forget(model.name, model.graph.hash, str(outcome.key))

@@ -30,7 +30,7 @@ from graphopt.executor.plan import run_plan
 from graphopt.executor.switch import Outcome
 
 RETRY_S = 0.1  # until a switch that is not ready is asked again
-TRIAL_MAX_S = 10.0  # of a trial without traffic; a pair takes four requests
+TRIAL_MAX_S = 4.0  # of a trial without traffic; a pair takes four requests
 PAIRS_MIN = 12  # with fewer only a difference of 2x could be told
 COVERED_MIN = (
     0.5  # of the nodes that a plan wants on a runtime: with fewer built it is another plan
@@ -147,7 +147,10 @@ class Campaign:
                 "builder.failed", {"job": f"propose {self.model.name}", "message": str(error)}
             )
             return
+        is_blind = bool(facts.graph.symbols) and not self.model.requests()
         for plan in self._in_order(proposal["plans"]):
+            if is_blind and self.model.arrangement.overlays:
+                break  # in what shapes to compare the others, only requests can tell
             if self._is_open(plan, facts):
                 yield from self._pursue(plan, facts)
         self._conclude(facts)
@@ -177,6 +180,10 @@ class Campaign:
         keyed = self._keyed(facts, pieces_of(plan))
         finding = _with_keys(finding, keyed)
         self.wanted = frozenset(key for _, key in keyed)
+        pin = self._means.pins.get(self.model.name)
+        if pin is not None and pin.tiers is not None:  # it may say which runtimes do harm
+            if self._is_held(finding, plan["backend"], before):
+                return
         self.findings.note(finding)
         finding = yield from self._build(finding, facts, keyed)
         overlays = overlays_of(facts, keyed, self._means.supply.loaded)
@@ -188,14 +195,20 @@ class Campaign:
         if _nodes(overlays) < COVERED_MIN * sum(_nodes_of(facts, run) for run in _runs(keyed)):
             self.findings.note(replace(finding, state="failed"))
             return
-        pin = self._means.pins.get(self.model.name)
-        if pin is not None and not pin.allows(plan["backend"]):
-            reason = f"pinned by {pin.owner}: {pin.reason}"
-            held = replace(finding, state="held", reason=reason)
-            self.findings.note(_with_figures(held, before))
+        if self._is_held(finding, plan["backend"], before):
             return
         self._warm(new)
         yield from self._judge(replace(finding, state="on trial"), old, new)
+
+    def _is_held(self, finding: Finding, backend: str, before: Finding | None) -> bool:
+        """Whether a pin is against a plan on `backend`, which is then noted."""
+        pin = self._means.pins.get(self.model.name)
+        if pin is None or pin.allows(backend):
+            return False
+        reason = f"pinned by {pin.owner}: {pin.reason}"
+        held = replace(finding, state="held", reason=reason)
+        self.findings.note(_with_figures(held, before))
+        return True
 
     def _build(self, finding: Finding, facts: Facts, keyed: Keyed) -> Waiting:
         """Brings every artifact of a plan into memory; returns the finding with what it took."""

@@ -139,9 +139,8 @@ def test_a_slower_candidate_is_refused_with_its_figures(start: Start, said: Said
     engine = start("Slow", graph=chain(40))
     before = ask(engine)
     assert engine.settle(SETTLED_S)
-    (refused,) = of(said, "plan.refused")
-    assert refused["stage"] == "performance"
-    assert refused["trial"]["ratio"] > 2
+    (declined,) = of(said, "plan.declined")
+    assert declined["trial"]["ratio"] > 2
     assert ask(engine, 3) == before
     assert states(engine) == {"slow whole": "no gain"}
 
@@ -157,7 +156,7 @@ def test_a_wrong_candidate_never_answers(start: Start, said: Said):
 
 def test_a_candidate_that_crashes_the_builder_costs_its_log_line(start: Start, said: Said):
     engine = start("Segfault", "Once", graph=chain())
-    ask(engine)
+    ask(engine, 3)
     assert engine.settle(SETTLED_S)
     ask(engine, 3)
     (quarantined,) = {fields["backend"] for fields in of(said, "builder.quarantined")}
