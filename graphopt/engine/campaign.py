@@ -181,9 +181,9 @@ class Campaign:
         finding = _with_keys(finding, keyed)
         self.wanted = frozenset(key for _, key in keyed)
         pin = self._means.pins.get(self.model.name)
-        if pin is not None and pin.tiers is not None:  # it may say which runtimes do harm
-            if self._is_held(finding, plan["backend"], before):
-                return
+        is_of_tiers = pin is not None and pin.tiers is not None  # some may harm the builder
+        if is_of_tiers and self._is_held(finding, plan["backend"], before):
+            return
         self.findings.note(finding)
         finding = yield from self._build(finding, facts, keyed)
         overlays = overlays_of(facts, keyed, self._means.supply.loaded)

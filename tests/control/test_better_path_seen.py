@@ -54,6 +54,7 @@ def settled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Service
     monkeypatch.syspath_prepend(RUNTIMES)
     torch.set_num_threads(1)
     with serving(tmp_path, chain(), **engine("Once")) as service:
+        answers(service)
         assert ctl(service, "settle", "--timeout", SETTLED_S).code == 0
         yield service
 
@@ -78,6 +79,7 @@ def test_explain_says_what_runs_what_was_tried_and_with_what_figures(
 ) -> None:
     monkeypatch.syspath_prepend(RUNTIMES)
     with serving(tmp_path, chain(), **engine("Once", "Slow")) as service:
+        answers(service)  # in what shapes to compare plans, only requests can tell
         assert ctl(service, "settle", "--timeout", SETTLED_S).code == 0
         found = explained(service)
         text = ctl(service, "explain").out
@@ -127,6 +129,24 @@ def test_a_pin_of_tiers_takes_off_the_others_before_it_is_answered(settled: Serv
     assert said == ["pin.set", "pin.cleared"]
     source = next(origin for name, _, origin in settled.engine_events if name == "pin.set")
     assert source["source"] == "control"
+
+
+def test_nothing_is_built_for_tiers_that_a_pin_leaves_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(RUNTIMES)
+    state = tmp_path / "state"
+    with serving(tmp_path, chain(), state=state) as service:
+        pin = ("pin", "--for", "2h", "--reason", "it harms", "--tier", "fused")
+        assert ctl(service, *pin).code == 0
+    with serving(tmp_path, chain("other"), state=state, **engine("Once")) as service:
+        assert ctl(service, "settle", "--timeout", SETTLED_S).code == 0
+        built = {
+            fields["graph"] for name, fields, _ in service.engine_events if name == "plan.built"
+        }
+        assert built == {"other"}
+        (held,) = explained_of(service, "chain")["candidates"]
+        assert (held["label"], held["state"]) == ("once whole", "held")
 
 
 def test_a_pin_without_tiers_holds_the_plan_and_deltas_go_live_all_the_same(
