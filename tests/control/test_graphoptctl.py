@@ -270,6 +270,12 @@ def test_completion_names_every_command(shell: str, tmp_path: Path) -> None:
     ran = ctl(tmp_path, "completion", shell)
     assert ran.code == 0
     assert all(re.search(rf"\b{name}\b", ran.out) for name in COMMANDS)
+    if shell != "bash":  # an apostrophe in a help text ends no quote
+        lines = [shlex.split(line) for line in ran.out.splitlines() if "Take a model" in line]
+        words = [word.removeprefix("unpin:") for line in lines for word in line]
+        assert {"Take a model's pin away", "Take a model down"} <= {
+            word.removeprefix("unload:") for word in words
+        }
     if shell == "bash":
         (tmp_path / "c").write_text(ran.out)
         script = (

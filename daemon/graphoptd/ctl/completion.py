@@ -6,6 +6,7 @@ shell's own completion of files does.
 
 import argparse
 from collections.abc import Mapping
+from shlex import quote
 
 from graphoptd.ctl.parser import SHELLS, build_parser
 
@@ -71,7 +72,7 @@ complete -o filenames -F _graphoptctl graphoptctl
 
 
 def _zsh(commands: Mapping[str, tuple[str, list[str], bool]]) -> str:
-    listed = "\n".join(f"    '{name}:{says}'" for name, (says, _, _) in commands.items())
+    listed = "\n".join(f"    {quote(f'{name}:{says}')}" for name, (says, _, _) in commands.items())
     cases = "\n".join(
         f"    {name}) options=({' '.join(options)}); models={int(takes_model)} ;;"
         for name, (_, options, takes_model) in commands.items()
@@ -106,7 +107,8 @@ compdef _graphoptctl graphoptctl
 def _fish(commands: Mapping[str, tuple[str, list[str], bool]]) -> str:
     lines = ["# graphoptctl completion for fish: put this into ~/.config/fish/completions."]
     for name, (says, options, takes_model) in commands.items():
-        lines.append(f"complete -c graphoptctl -n __fish_use_subcommand -f -a {name} -d '{says}'")
+        told = quote(says)
+        lines.append(f"complete -c graphoptctl -n __fish_use_subcommand -f -a {name} -d {told}")
         seen = f"-n '__fish_seen_subcommand_from {name}'"
         for option in options:
             kind = f"-l {option[2:]}" if option.startswith("--") else f"-s {option[1:]}"
