@@ -20,7 +20,8 @@ from benchmarks.quiet import wait_quiet
 
 TOLERANCE = 1e-3  # of the largest value of eager float32's answer
 TURN_S = 0.05  # of calls, before another setting is called
-COMPARED_TURNS = 5
+COMPARED_TURNS, COMPARED_S = 5, 3.0  # of two settings: so many, or as many as begin in that time
+HOPELESS = 0.8  # times as fast in the first turn: no second one
 DRIVEN_S = 0.6  # throughput: of one turn while settings are compared
 GAIN_MIN = 1.01  # a setting that gains less is not told from noise: the earlier one stays
 
@@ -72,12 +73,15 @@ class Chosen:
     tried: list[str]
 
 
-def choose(system: System, job: Job) -> Chosen:
+def choose(system: System, job: Job, known: Settings | None = None) -> Chosen:
     """Opens `job` at every setting worth trying and keeps the best.
 
-    Raises what opening raised when no setting works.
+    `known` is what was best at another batch: its exporter is not chosen again. Raises what opening
+    raised when no setting works.
     """
     axes = system.axes(job)
+    if known and "export" in axes:
+        axes["export"] = [known["export"]]
     best = {axis: options[0] for axis, options in axes.items()}
     tried: list[str] = []
     connect, first_error = _attempt(system, job, best, tried)
@@ -163,13 +167,16 @@ def _gain(connect: Connect, candidate: Connect, job: Job) -> float:
     if job.clients:
         rates = [[drive(c, job.clients, DRIVEN_S)[0] for c in (connect, candidate)] for _ in "ab"]
         return sum(new for _, new in rates) / sum(old for old, _ in rates)
-    ratios = []
-    for i in range(COMPARED_TURNS):
+    ratios: list[float] = []
+    start = time.perf_counter()
+    while len(ratios) < COMPARED_TURNS and time.perf_counter() - start < COMPARED_S:
         pair = {}
-        for which in ("old", "new") if i % 2 else ("new", "old"):
+        for which in ("old", "new") if len(ratios) % 2 else ("new", "old"):
             wait_quiet()
             client = connect() if which == "old" else candidate()
-            warm = turn(client, 2)[1]
+            warm = turn(client, 1)[0]
             pair[which] = median(turn(client, max(1, int(TURN_S / warm))))
         ratios.append(pair["old"] / pair["new"])
+        if ratios[0] < HOPELESS:
+            break
     return median(ratios)

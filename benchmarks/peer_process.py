@@ -162,7 +162,8 @@ class Child:
         """Opens one batch at its best setting."""
         start = time.perf_counter()
         job = self.jobs[batch] = self.job(batch)
-        chosen = self.chosen[batch] = choose(self.system, job)
+        known = next((chosen.settings for chosen in self.chosen.values()), None)
+        chosen = self.chosen[batch] = choose(self.system, job, known)
         client = self.clients[batch] = chosen.connect()
         self.call_s[batch] = min(turn(client, 3))
         gc.collect()

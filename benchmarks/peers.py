@@ -245,7 +245,7 @@ class Graphopt:
 
     def notes(self) -> str:
         """The tiers of the plan, and batches at which it did not settle."""
-        tiers = Counter(line.tier for line in self.engine.explain().blocks)
+        tiers = Counter(line.tier for line in self.engine.explain().steps)
         parts = [f"{count} {tier}" for tier, count in sorted(tiers.items())]
         parts += [f"not settled at batch {b}" for b, settled in self.seen.items() if not settled]
         return ", ".join(parts)

@@ -5,9 +5,10 @@
 Each system serves the model in a process of its own that has seen requests. graphopt then takes new
 matrices of its middle encoder layer as a delta and settles; the others, which cannot change a
 loaded model, load it a second time from its file before they let go of the first. `peak_extra` is
-the kernel's own high-water mark of resident memory (VmHWM, reset before) over what was resident
-before; `peak_extra_anon` the same of anonymous memory, looked at every 2 ms. Mapped files are
-shared: PSS counts them by halves where two processes map them, and the kernel may drop them.
+the kernel's own high-water mark of resident memory (VmHWM, reset before) over what is resident
+before or after, whichever is less: what lay around unused before is no credit. `peak_extra_anon` is
+the same of anonymous memory, looked at every 2 ms. Mapped files are shared: PSS counts them by
+halves where two processes map them, and the kernel may drop them.
 
 graphopt's bound: the changed constants plus 1.2 times the constants of the regions that were built
 again, which stand for their artifacts. The builder process is counted in columns of its own.
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,7 +95,7 @@ def graphopt(folder: Path) -> dict[str, Any]:
             del tensors_of
             peak = watched(swap)
             gc.collect()
-            after, tiers = snapshot(), {line.tier for line in engine.explain().steps}
+            after, new = snapshot(), _tiers(engine.explain())
             rebuilt = _rebuilt_bytes(engine, set(changed))
     bound = changed_bytes + ARTIFACT_SHARE * rebuilt
     return {
@@ -102,7 +104,7 @@ def graphopt(folder: Path) -> dict[str, Any]:
         "rebuilt_mb": rebuilt / MB,
         "bound_mb": bound / MB,
         "verdict": "yes" if peak["extra"] <= bound else "NO",
-        "note": f"{len(old)} regions of {', '.join(sorted(tiers))}" + ("" if settled else ", busy"),
+        "note": f"{old}, then {new}" + ("" if settled else ", busy"),
     }
 
 
@@ -139,9 +141,9 @@ def openvino(folder: Path) -> dict[str, Any]:
 
 
 def watched(work: Callable[[], None]) -> Snapshot:
-    """The peak of resident and anonymous memory during `work` over what there was before, in bytes.
+    """The peak of resident and anonymous memory during `work` over the lesser of before and after.
 
-    `builder` is the peak of the processes that this one has started, in all.
+    In bytes; `builder` is the peak of the processes that this one has started, in all.
     """
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins again
@@ -163,9 +165,12 @@ def watched(work: Callable[[], None]) -> Snapshot:
     work()
     done.set()
     watcher.join()
+    high = _status()["VmHWM"]
+    gc.collect()
+    after = _status()
     return {
-        "extra": _status()["VmHWM"] - before["VmRSS"],
-        "extra_anon": peak["anon"] - before["RssAnon"],
+        "extra": high - min(before["VmRSS"], after["VmRSS"]),
+        "extra_anon": peak["anon"] - min(before["RssAnon"], after["RssAnon"]),
         "builder": peak["builder"],
     }
 
@@ -237,6 +242,11 @@ def _rebuilt_bytes(engine: Any, changed: set[str]) -> int:
         if names & changed:
             found |= names
     return sum(graph.constants[name].tensor.nbytes for name in found)
+
+
+def _tiers(explanation: Any) -> str:
+    counts = Counter(line.tier for line in explanation.steps)
+    return " ".join(f"{count} {tier}" for tier, count in sorted(counts.items()))
 
 
 def _children_bytes(process: psutil.Process) -> float:

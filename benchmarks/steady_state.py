@@ -300,7 +300,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--batches", type=numbers, default=None)
     parser.add_argument("--systems", type=names, default=list(SYSTEMS))
     parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--cell-s", type=float, default=20.0, help="of rounds beyond the first 8")
+    parser.add_argument("--cell-s", type=float, default=12.0, help="of rounds beyond the first 8")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--throughput", action="store_true")
     parser.add_argument("--clients", type=int, default=4)
