@@ -79,7 +79,7 @@ def graphopt(folder: Path) -> dict[str, Any]:
                 settled = engine.settle(SETTLE_S)
             gc.collect()
             idle = snapshot()
-            old = {line.block: line for line in engine.explain().steps}
+            old = _tiers(engine.explain())
             layers = zoo.layer_weights(engine.graph)
             changed = layers[len(layers) // 2]
             tensors_of = {name: engine.graph.constants[name].tensor * 1.001 for name in changed}

@@ -304,7 +304,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--throughput", action="store_true")
     parser.add_argument("--clients", type=int, default=4)
-    parser.add_argument("--settle-s", type=float, default=60.0, help="patience with graphopt")
+    parser.add_argument("--settle-s", type=float, default=120.0, help="patience with graphopt")
     parser.add_argument("--scratch", type=Path, default=None, help="folder for exports")
     options = parser.parse_args()
     options.batches = options.batches or ([1] if options.throughput else [1, 8])
