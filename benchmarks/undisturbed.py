@@ -52,7 +52,7 @@ def main() -> None:
     settings = graphopt.EngineSettings(threads=cores, intra_op=1)
     rows = []
     with graphopt.Engine(zoo.build(options.model).graph(), settings) as engine:
-        other = engine.host.load(zoo.build(options.other).graph())
+        other = engine.host.load(zoo.build(options.other).graph(), "other")
         inputs = tuple(zoo.build(options.model).inputs(1).values())
         other_inputs = zoo.build(options.other).inputs(1)
         for _ in range(WARM_CALLS):
