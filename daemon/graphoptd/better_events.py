@@ -13,9 +13,9 @@ from graphoptd.events import emit
 TEXT_CHARS_MAX = 4_096
 # Events whose fields need nothing but the renaming below.
 BETTER = (
-    "plan.built", "plan.declined", "plan.confirmed", "plan.rolled_back", "plan.kept", "pin.set", "pin.cleared",
-    "pin.expired", "builder.started", "builder.exited", "builder.starved", "builder.quarantined",
-    "backend.missing", "artifact.dropped",
+    "plan.built", "plan.declined", "plan.confirmed", "plan.rolled_back", "plan.kept", "pin.set",
+    "pin.cleared", "pin.expired", "builder.started", "builder.exited", "builder.starved",
+    "builder.quarantined", "backend.missing", "artifact.dropped",
 )  # fmt: skip
 _NAMES = {
     "tier": "backend", "max_error": "error_max", "allowed": "tolerance",

@@ -21,7 +21,8 @@ from math import isfinite
 from typing import Any
 
 from graphopt.errors import GraphoptError
-from graphoptd.event_table import EVENTS, FIELDS, SCHEMA, Event, Field
+from graphoptd.event_fields import FIELDS, Field
+from graphoptd.event_table import EVENTS, SCHEMA, Event
 
 __all__ = [
     "EVENTS",

@@ -162,9 +162,22 @@ class BetterPath:
             self._background.submit(f"renew {name}", lambda: self._renew(course))
 
     def wait_settled(self, timeout_s: float | None) -> bool:
-        """Waits until no campaign and no trial is under way; False when `timeout_s` passed first."""
+        """Waits until no campaign and no trial is under way; False when `timeout_s` passed first.
+
+        The requests up to now are looked at first: they may have shapes that are hot.
+        """
+        looked = threading.Event()
+
+        def look() -> None:
+            try:
+                self._look()
+            finally:
+                looked.set()
+                self._notify()
+
+        self._background.submit("look", look)
         with self._changed:
-            return self._changed.wait_for(self._is_settled, timeout_s)
+            return self._changed.wait_for(lambda: looked.is_set() and self._is_settled(), timeout_s)
 
     def status(self) -> BuilderStatus:
         """What the builder is at."""
@@ -221,6 +234,8 @@ class BetterPath:
         delay_s = campaign.step(lambda: self._wake(course))
         if campaign.is_over and campaign.revision != model.revision:
             delay_s = 0.0
+        elif campaign.is_over and _are_others(hot_shapes(model.slot), course.shapes):
+            self._renew(course)  # they became hot under way
         if delay_s is not None and delay_s > 0.0:
             key = f"campaign {model.name}"
             self._background.submit_after(delay_s, key, lambda: self._advance(course))
@@ -256,11 +271,17 @@ class BetterPath:
             self.settings.events(name, fields)
         if outcome.decision == "rolled_back":
             course.findings.take_back(outcome)
-            self.supply.forget(model.name, model.graph.hash, str(outcome.key))
+            label = outcome.key[0] if isinstance(outcome.key, tuple) else ""
+            self.supply.forget(model.name, model.graph.hash, label)
         if course.campaign is not None:
             course.campaign.take(outcome)
 
     def _tick(self) -> None:
+        self._look()
+        self._background.submit_after(TICK_S, "tick", self._tick)
+
+    def _look(self) -> None:
+        """Looks at what nobody tells: traffic, pins, plans under watch, memory."""
         for course in list(self._courses.values()):
             model = course.model
             self._attend(course)
@@ -273,7 +294,7 @@ class BetterPath:
                 self._renew(course)
             course.pinned_until_s = until_s
         self.supply.trim(self.artifacts_in_use())
-        self._background.submit_after(TICK_S, "tick", self._tick)
+        self._notify()
 
     def _renew(self, course: _Course) -> None:
         pin = self.pins.get(course.model.name)

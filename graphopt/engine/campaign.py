@@ -36,7 +36,7 @@ COVERED_MIN = (
     0.5  # of the nodes that a plan wants on a runtime: with fewer built it is another plan
 )
 WATCHED_MIN = 50  # requests after which a plan under watch may give way to the next trial
-UNWATCHED_S = 5.0  # or so long, where there is hardly any traffic
+UNWATCHED_S = 1.0  # or so long, where there is hardly any traffic
 
 Keyed = list[tuple[Piece, ArtifactKey]]
 
@@ -198,7 +198,13 @@ class Campaign:
         if self._is_held(finding, plan["backend"], before):
             return
         self._warm(new)
-        yield from self._judge(replace(finding, state="on trial"), old, new)
+        is_known = (
+            before is not None
+            and before.state in ("chosen", "replaced")
+            and finding.shapes <= before.shapes
+            and finding.structures <= self._means.supply.proven(finding.label)
+        )
+        yield from self._judge(replace(finding, state="on trial"), old, new, is_known=is_known)
 
     def _is_held(self, finding: Finding, backend: str, before: Finding | None) -> bool:
         """Whether a pin is against a plan on `backend`, which is then noted."""
@@ -240,26 +246,29 @@ class Campaign:
             reason="; ".join(reasons[:3]),
         )  # fmt: skip
 
-    def _judge(self, finding: Finding, old: Arrangement, new: Arrangement) -> Waiting:
+    def _judge(
+        self, finding: Finding, old: Arrangement, new: Arrangement, *, is_known: bool
+    ) -> Waiting:
+        """Has the switch decide. A way that won with just these structures needs no trial again."""
         model, switch = self.model, self.model.switch
         self.findings.note(finding)
-        known = self.findings.get(finding.label)
-        before = self.findings.chosen
-        is_known = before is not None and before.label == finding.label
-        assert known is not None
+        key = (finding.label, finding.structures)  # what a back-off is about
         model.introduce(new)
         waited_s = 0.0
         while why := switch.consider(
-            new.plan, finding.label, expected=old.plan,
-            is_known=is_known and finding.structures <= self._means.supply.proven(finding.label),
-            pairs_max=self._pairs_max(),
+            new.plan, key, expected=old.plan, is_known=is_known, pairs_max=self._pairs_max(),
         ):  # fmt: skip
-            if model.slot.plan is not old.plan:
+            is_away = switch.is_away(key)
+            state: State = "no gain" if is_away else "on trial"
+            self.findings.note(replace(finding, state=state, reason=why))
+            if model.slot.plan is not old.plan or is_away:
                 return
-            self.findings.note(replace(finding, reason=f"waits: {why}"))
+            if switch.phase == "watch" and (
+                switch.watched_requests >= WATCHED_MIN or waited_s >= UNWATCHED_S
+            ):
+                switch.pause()
+                continue
             waited_s += RETRY_S
-            if switch.watched_requests >= WATCHED_MIN or waited_s >= UNWATCHED_S:
-                switch.accept()
             yield RETRY_S
         self._verdict = Future()
         model.attend()

@@ -72,7 +72,8 @@ class Findings:
 
     def take_back(self, outcome: Outcome) -> None:
         """A plan that ran was found worse: its finding says why."""
-        found = self._by_label.get(str(outcome.key))
+        label = outcome.key[0] if isinstance(outcome.key, tuple) else ""
+        found = self._by_label.get(label)
         if found is not None:
             self.note(replace(found, state="no gain", reason=f"taken back: {outcome.reason}"))
 

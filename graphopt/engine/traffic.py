@@ -6,7 +6,7 @@ from graphopt.executor.plan import bucket_symbols
 from graphopt.executor.publish import Slot
 
 HOT_MAX = 4  # shapes with artifacts of their own: each costs a build and packed weights
-HOT_REQUESTS_MIN = 32
+HOT_REQUESTS_MIN = 16
 HOT_SHARE_MIN = 0.1  # of the requests remembered
 
 

@@ -198,6 +198,11 @@ class Hysteresis:
             )
         return ""
 
+    def is_away(self, key: Hashable, now_s: float) -> bool:
+        """Whether the candidate is in its back-off."""
+        record = self._records.get(key)
+        return record is not None and now_s < record.not_before_s
+
     def switched(self, now_s: float) -> None:
         """Another plan was published for its speed: all regret starts over."""
         self._switched_s = now_s

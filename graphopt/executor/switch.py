@@ -100,6 +100,8 @@ class Switch:
         self._settings = trial
         self._confirmation = confirmation
         self._probation_requests = probation_requests
+        self._paused: tuple[Hashable, Plan, Plan, Guard] | None = None
+        self._said: list[Outcome] = []  # decided in `consider`, told by the next `step`
         self._key: Hashable = None
         self._current: Plan | None = (
             None  # what the plan on trial, or under alarm, is compared with
@@ -142,6 +144,13 @@ class Switch:
             if not self._slot.publish(candidate, expected=expected):
                 self._clear()
                 return "another plan was published"
+            self._hysteresis.switched(self._now_s())
+            self._said.append(
+                Outcome(
+                    "published", "known_cost", candidate.id, expected.id, key,
+                    "it won with regions of this structure before",
+                )
+            )  # fmt: skip
             self._watch(None)
             return ""
         settings = self._settings
@@ -165,8 +174,10 @@ class Switch:
             budget_s: seconds after which the work on them stops.
         """
         samples = self._slot.latencies.drain()
-        outcomes = self._take_faults()
+        outcomes = [*self._said, *self._take_faults()]
+        self._said.clear()
         if self.phase == "idle":
+            self._resume()
             return tuple(outcomes)
         if (lost := self._superseded()) is not None:
             return (*outcomes, lost)
@@ -182,25 +193,34 @@ class Switch:
                 outcome = self._end_confirmation(result)
         return tuple(outcomes) if outcome is None else (*outcomes, outcome)
 
+    def is_away(self, key: Hashable) -> bool:
+        """Whether a candidate failed on performance and may not be tried yet."""
+        return self._hysteresis.is_away(key, self._now_s())
+
     @property
     def watched_requests(self) -> int:
         """Requests that the plan under watch has served; 0 in other phases."""
         return self._guard.requests if self._guard is not None and self.phase == "watch" else 0
 
-    def accept(self) -> Outcome | None:
-        """Ends a watch early: the plan counts as good, so that another may be tried against it.
+    def pause(self) -> None:
+        """Suspends a watch, so that another candidate may be tried against the plan under it.
 
-        None when no plan is under watch.
+        Without a better one the watch goes on where it was; the last good plan stays what it is.
         """
-        if self.phase != "watch":
-            return None
-        plan, current = self._both()
-        key, requests = self._key, self.watched_requests
-        if not self._slot.confirm(plan):
-            return self._superseded()
-        self._clear()
-        reason = f"nothing against it in {requests} requests, and another plan is to be tried"
-        return Outcome("confirmed", "watch", plan.id, current.id, key, reason)
+        if self.phase == "watch":
+            plan, current = self._both()
+            assert self._guard is not None
+            self._paused = (self._key, plan, current, self._guard)
+            self._clear()
+
+    def _resume(self) -> None:
+        """Goes on with a watch that was suspended, if its plan is still the published one."""
+        paused, self._paused = self._paused, None
+        if paused is not None and self._slot.plan is paused[1]:
+            self._key, self._plan, self._current, self._guard = paused
+            self._guard.rearm()
+            self.phase = "watch"
+            self._slot.watch(paused[1])
 
     def cancel(self, reason: str) -> None:
         """Ends a trial, as before the model is unloaded; a plan under watch stays published."""
@@ -226,10 +246,12 @@ class Switch:
         plan, current, key, now_s = *self._both(), self._key, self._now_s()
         if result.verdict == "better" and self._slot.publish(plan, expected=current):
             self._hysteresis.switched(now_s)
+            self._paused = None
             self._watch(result)
             return Outcome("published", "trial", plan.id, current.id, key, result.reason, result)
         self._slot.end_trial()
         self._clear()
+        self._resume()
         if result.verdict in ("better", "cancelled"):
             return Outcome(
                 "cancelled", "superseded", plan.id, current.id, key, result.reason, result
@@ -318,6 +340,11 @@ class Switch:
         else:
             lines = result.buckets
             now = {line.bucket: Baseline(line.current_s, line.spread) for line in lines}
+            if alarm is not None and alarm.bucket in now:
+                # What requests took, which may be more than captured inputs on an idle host
+                seen = now[alarm.bucket]
+                least_s = max(seen.median_s, alarm.observed_s)
+                now[alarm.bucket] = Baseline(least_s, seen.log_spread)
             self._guard.rebase(now)
         self._trial = self._idle = self._alarm = None
         self.phase = "watch"

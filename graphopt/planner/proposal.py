@@ -18,6 +18,7 @@ from graphopt.executor.runs import run_of, run_region
 from graphopt.planner.layout import Run, layer_count, layers, whole
 
 LAYER_S_MIN = 1e-3  # a layer worth a region of its own (DESIGN section 7)
+QUICK_S = 2e-3  # a hand-over to another thread and back takes some 10 us
 NODES_MIN = 2  # a call into a runtime costs more than one op
 HOT_ENOUGH = 0.9  # of the requests
 CUT_NODES_MIN = 8  # what a cut leaves over is worth a region of its own only from this size on
@@ -68,9 +69,35 @@ def _plans(
     facts: Facts, document: Document, layout: str, runs: Iterable[Run], backend: Backend
 ) -> list[dict[str, Any]]:
     pieces = [piece for run in runs for piece in supported(facts, run, backend)]
-    if not pieces:
-        return []
-    base = Options(document["threads"], document["streams"])
+    plans = []
+    for threads in _thread_counts(document):
+        base = Options(threads, document["streams"])
+        for extra, regions in _variants(facts, document, pieces, backend, base).items():
+            words = [backend.name, layout, *(f"{key}={value}" for key, value in extra)]
+            if threads != document["threads"]:
+                words.append(f"threads={threads}")
+            plans.append(
+                {
+                    "label": " ".join(words),
+                    "layout": layout,
+                    "backend": backend.name,
+                    "regions": regions,
+                }
+            )
+    return plans if pieces else []
+
+
+def _thread_counts(document: Document) -> list[int]:
+    """How many threads a call may use: one as well, where handing work over could cost what it gains."""
+    threads, latency_s = document["threads"], document.get("latency_s")
+    is_quick = latency_s is not None and latency_s < QUICK_S
+    return [1, threads] if is_quick and threads > 1 else [threads]
+
+
+def _variants(
+    facts: Facts, document: Document, pieces: Iterable[Run], backend: Backend, base: Options
+) -> dict[Extra, list[dict[str, Any]]]:
+    """The regions of each way in which the backend can run the pieces."""
     offers: list[tuple[Run, tuple[str, ...], dict[Extra, Options]]] = []
     for piece in pieces:
         region = run_region(facts, piece)
@@ -84,15 +111,7 @@ def _plans(
             for sizes in _sizes(symbols, document):
                 options = Options(choice.threads, choice.streams, sizes, choice.extra)
                 entries.append({"blocks": list(piece), "options": options.document()})
-    return [
-        {
-            "label": " ".join([backend.name, layout, *(f"{k}={v}" for k, v in extra)]),
-            "layout": layout,
-            "backend": backend.name,
-            "regions": regions,
-        }
-        for extra, regions in variants.items()
-    ]
+    return variants
 
 
 def supported(facts: Facts, run: Run, backend: Backend) -> list[Run]:

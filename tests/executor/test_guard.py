@@ -344,9 +344,12 @@ def test_a_published_plan_that_raises_is_out_at_once_and_the_request_is_served()
     host.switch.consider(candidate, "key", expected=host.current, is_known=True)
     ran = host.serve(20)
     assert ran == {candidate.id: 5, host.current.id: 15}
-    assert host.decisions() == [("rolled_back", "fault")]
-    assert host.outcomes[0].reason == "RuntimeError: no kernel"
-    assert host.outcomes[0].backoff_s == BACKOFF_S
+    assert host.decisions() == [
+        ("published", "known_cost"),
+        ("rolled_back", "fault"),
+    ]
+    assert host.outcomes[1].reason == "RuntimeError: no kernel"
+    assert host.outcomes[1].backoff_s == BACKOFF_S
     assert host.switch.phase == "idle"
 
 

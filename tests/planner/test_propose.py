@@ -62,7 +62,7 @@ def test_long_layers_come_first_and_the_whole_has_to_win():
     assert plans[2]["regions"][0]["blocks"] == [CONTEXT, *chain(FACTS)]
 
 
-@pytest.mark.parametrize("latency_s", [None, 0.001])
+@pytest.mark.parametrize("latency_s", [None, 0.004])
 def test_short_layers_and_unmeasured_models_run_as_a_whole(latency_s: float | None):
     assert [p["layout"] for p in ask([Runtime("a")], latency_s)] == ["whole"]
 
@@ -72,6 +72,11 @@ def test_hot_shapes_get_variants_beside_the_one_for_every_shape():
     options = [options_of(region["options"]) for region in plan["regions"]]
     assert [option.sizes for option in options] == [None, (1, 16), (4, 8)]
     assert {option.threads for option in options} == {2}
+
+
+def test_quick_models_are_tried_on_one_thread_too():
+    labels = [plan["label"] for plan in ask([Runtime("a")], 0.0005)]
+    assert labels == ["a whole threads=1", "a whole"]
 
 
 def test_where_hardly_a_request_has_another_shape_no_artifact_waits_for_it():
