@@ -27,12 +27,13 @@ def wait_quiet(pid: int | None = None, patience_s: float = PATIENCE_S) -> bool:
     return True
 
 
-def tree_cpu_s(pid: int) -> float:
-    """CPU seconds of a process and those it started, to 10 ms."""
+def tree_cpu_s(pid: int, *, without_root: bool = False) -> float:
+    """CPU seconds of a process and those it started, or of these alone, to 10 ms."""
     total = 0.0
     try:
         process = psutil.Process(pid)
-        for each in [process, *process.children(recursive=True)]:
+        started = process.children(recursive=True)
+        for each in started if without_root else [process, *started]:
             times = each.cpu_times()
             total += times.user + times.system
     except psutil.NoSuchProcess:

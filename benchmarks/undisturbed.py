@@ -8,8 +8,7 @@ the builder work: new weights for one of its layers after the other, each as soo
 has nothing left to do, so everything the engine does in the background is in the figures: building,
 verifying, loading, trials. Spells with and without it alternate and are compared pair by pair:
 `ratio` is the median over pairs of p99 beside over p99 alone, `low` and `high` its one-sided 95%
-bounds. `builder_cores` is what the engine used beside the clients' own threads, `deltas` what it was
-given: without work for the builder the figures would mean nothing, so run it on a quiet machine,
+bounds. `builder_cores` is what the builder process used, `deltas` what it was given: without work for the builder the figures would mean nothing, so run it on a quiet machine,
 where the idle class gets something. `unsettled` counts spells after which the background was still
 busy when the patience ended: what follows them was not quite alone. The clients' model never changes.
 """
@@ -147,29 +146,29 @@ def _row(
 
 
 def _spell(call: Callable[[], Any], clients: int, seconds: float) -> tuple[list[float], float]:
-    """Latencies of all clients, and the cores that others than they used meanwhile."""
-    found: list[tuple[list[float], float]] = []
+    """Latencies of all clients, and the cores that the builder process used meanwhile."""
+    found: list[list[float]] = []
 
     def client() -> None:
         torch.set_num_threads(1)
-        times, used = [], time.thread_time()
+        times: list[float] = []
         now = time.perf_counter()
         until = now + seconds
         while now < until:
             call()
             times.append(time.perf_counter() - now)
             now += times[-1]
-        found.append((times, time.thread_time() - used))
+        found.append(times)
 
-    start, used = time.perf_counter(), tree_cpu_s(os.getpid())
+    start, used = time.perf_counter(), tree_cpu_s(os.getpid(), without_root=True)
     threads = [threading.Thread(target=client) for _ in range(clients)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    others_s = tree_cpu_s(os.getpid()) - used - sum(own for _, own in found)
-    times = [each for times, _ in found for each in times]
-    return times, max(0.0, others_s) / (time.perf_counter() - start)
+    builder_s = tree_cpu_s(os.getpid(), without_root=True) - used
+    times = [each for times in found for each in times]
+    return times, max(0.0, builder_s) / (time.perf_counter() - start)
 
 
 def _latencies(label: str, spells: list[list[float]]) -> dict[str, float]:
