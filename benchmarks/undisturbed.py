@@ -8,9 +8,10 @@ the builder work: new weights for one of its layers after the other, each as soo
 has nothing left to do, so everything the engine does in the background is in the figures: building,
 verifying, loading, trials. Spells with and without it alternate and are compared pair by pair:
 `ratio` is the median over pairs of p99 beside over p99 alone, `low` and `high` its one-sided 95%
-bounds. `builder_cores` is what the builder process used, `deltas` what it was given: without work for the builder the figures would mean nothing, so run it on a quiet machine,
-where the idle class gets something. `unsettled` counts spells after which the background was still
-busy when the patience ended: what follows them was not quite alone. The clients' model never changes.
+bounds. `builder_cores` is what the builder process used, `deltas` what it was given: without work
+for the builder the figures would mean nothing, so run it on a quiet machine, where the idle class
+gets something. `unsettled` counts spells after which the background was still busy when the patience
+ended: what follows them was not quite alone. The clients' model never changes.
 """
 
 import argparse
