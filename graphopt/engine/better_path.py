@@ -277,8 +277,10 @@ class BetterPath:
             course.campaign.take(outcome)
 
     def _tick(self) -> None:
-        self._look()
-        self._background.submit_after(TICK_S, "tick", self._tick)
+        try:
+            self._look()
+        finally:
+            self._background.submit_after(TICK_S, "tick", self._tick)
 
     def _look(self) -> None:
         """Looks at what nobody tells: traffic, pins, plans under watch, memory."""
@@ -293,7 +295,15 @@ class BetterPath:
             if is_free or is_other:
                 self._renew(course)
             course.pinned_until_s = until_s
-        self.supply.trim(self.artifacts_in_use())
+        for course in list(self._courses.values()):
+            if course.campaign is None or course.campaign.is_over:
+                course.model.forget_candidates()
+            course.model.slot.reap()
+        used = self.artifacts_in_use()
+        while self.supply.trim(used) and not any(
+            course.model.slot.is_busy() for course in list(self._courses.values())
+        ):
+            pass
         self._notify()
 
     def _renew(self, course: _Course) -> None:

@@ -118,6 +118,17 @@ class LiveModel:
         """Of the plans that requests may run, or that a rollback would go to."""
         return self._known
 
+    def forget_candidates(self) -> None:
+        """Lets go of arrangements whose plan has no role any more, unless one is being judged.
+
+        Not while a campaign is under way: it introduces a plan before that has a role.
+        """
+        with self._writing:
+            if self.switch.phase in ("idle", "watch"):
+                roles = (self.slot.plan, self.slot.last_good)
+                kept = (each for each in self._known if any(each.plan is plan for plan in roles))
+                self._known = tuple(kept)
+
     def inputs_to_try(self) -> list[Mapping[str, torch.Tensor]]:
         """Inputs for plans without traffic: of real requests, else made up."""
         return self.requests() or [sample_inputs(self.facts)]

@@ -15,6 +15,8 @@ UNUSED_BYTES_MAX = (
     256 << 20
 )  # weights of candidates kept beyond those in use: about the layers a few deltas touched
 
+MANY = 1 << 30
+
 Key = tuple[str, ...]  # region key, weight key, and what else tells candidates apart
 
 
@@ -31,7 +33,8 @@ class Candidate:
 class Shelf:
     """Candidates by key, the least recently used given up first."""
 
-    def __init__(self) -> None:
+    def __init__(self, unused_bytes_max: int = UNUSED_BYTES_MAX) -> None:
+        self._unused_bytes_max = unused_bytes_max
         self._candidates: OrderedDict[Key, Candidate] = OrderedDict()
         self._lock = threading.Lock()
         self._grown = False  # since the last trim
@@ -44,7 +47,7 @@ class Shelf:
                 if self._grown
                 else 0
             )
-            return size > UNUSED_BYTES_MAX
+            return size > self._unused_bytes_max
 
     def find(self, key: Key) -> Candidate | None:
         """The candidate verified for exactly `key`."""
@@ -70,13 +73,20 @@ class Shelf:
         with self._lock:
             self._candidates.pop(key, None)
 
-    def trim(self, is_used: Callable[[Key], bool]) -> None:
-        """Gives up candidates no live plan uses, oldest first, down to `UNUSED_BYTES_MAX`."""
+    def trim(self, is_used: Callable[[Key], bool], count_max: int = MANY) -> int:
+        """Gives up candidates no live plan uses, oldest first, down to the bound on those.
+
+        At most `count_max` at a time; returns how many went.
+        """
+        gone: list[Candidate] = []  # torn down after the lock is free
         with self._lock:
             self._grown = False
             unused = [key for key in self._candidates if not is_used(key)]
-            excess = sum(self._candidates[key].size_bytes for key in unused) - UNUSED_BYTES_MAX
+            excess = sum(self._candidates[key].size_bytes for key in unused)
+            excess -= self._unused_bytes_max
             for key in unused:
-                if excess <= 0:
-                    return
-                excess -= self._candidates.pop(key).size_bytes
+                if excess <= 0 or len(gone) >= count_max:
+                    break
+                gone.append(self._candidates.pop(key))
+                excess -= gone[-1].size_bytes
+        return len(gone)

@@ -6,6 +6,7 @@ what was built stays on disk within another. Loading compiles nothing (law 5). E
 on the background thread.
 """
 
+import ctypes
 import json
 from collections.abc import Set
 from pathlib import Path
@@ -26,6 +27,9 @@ from graphopt.executor.arrangement import Arrangement, ArtifactKey
 from graphopt.executor.backend import BackendMissingError, backends, options_of
 from graphopt.executor.runs import run_region
 
+# Of loaded artifacts that no plan with a role runs: they lie on disk, 50 ms away, so hardly any.
+UNUSED_BYTES_MAX = 16 << 20
+
 Keyed = list[tuple[Piece, ArtifactKey]]
 
 
@@ -33,7 +37,7 @@ class Supply:
     """The artifacts of one process."""
 
     def __init__(self, folder: Path, settings: EngineSettings, clocks: Clocks) -> None:
-        self.loaded = Shelf()
+        self.loaded = Shelf(UNUSED_BYTES_MAX)
         self._settings = settings
         self._versions: dict[str, str] | None = None
         self._pinned: set[ArtifactKey] = set()
@@ -139,13 +143,18 @@ class Supply:
         """That way of running was chosen by trial with these structures."""
         self._measured.prove(label, structures)
 
-    def trim(self, used: Set[ArtifactKey]) -> None:
-        """Lets go of what no plan with a role runs, beyond the bounds."""
-        if self.loaded.wants_trim():
-            self.loaded.trim(used.__contains__)
-            for key in self._pinned - self.loaded.keys():
-                self._pinned.discard(key)
-                self._cache.unpin(key)
+    def trim(self, used: Set[ArtifactKey]) -> bool:
+        """Lets go of one artifact that no plan with a role runs; False when there is none to spare.
+
+        One at a time: a runtime holds the GIL while it is torn down, 30 ms for a large region.
+        """
+        if not self.loaded.trim(used.__contains__, 1):
+            return False
+        for key in self._pinned - self.loaded.keys():
+            self._pinned.discard(key)
+            self._cache.unpin(key)
+        _give_back()
+        return True
 
     def close(self) -> None:
         """Writes what was learned."""
@@ -162,3 +171,10 @@ class Supply:
 
     def _dropped(self, name: str, reason: str) -> None:
         self._settings.events("artifact.dropped", {"artifact": name, "reason": reason})
+
+
+def _give_back() -> None:
+    """Returns freed memory to the system: runtimes leave holes of their weights' size in the heap."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; the GIL is free meanwhile
+    if trim is not None:
+        trim(0)
