@@ -92,6 +92,9 @@ class Campaign:
             except StopIteration:
                 self.is_over, self.wanted = True, frozenset()
                 return None
+            except Exception:  # told by whoever runs the step; nobody must wait for the rest
+                self.close()
+                raise
             value = None
             if isinstance(asked, Future):
                 self._waits_for = asked
@@ -122,14 +125,16 @@ class Campaign:
     # -- the course
 
     def _run(self) -> Waiting:
+        link, facts = self._means.link, self.model.facts
+        has_runtimes = link is not None and bool(self._means.supply.versions())
+        # First, because it needs no builder: a restart is back on its plan before that has started
+        recalled = has_runtimes and not self.model.arrangement.overlays and self._recall(facts)
         if self._may_prepare("fused"):
             yield from self._means.fused.course(self.model)
-        link = self._means.link
-        if link is None or not self._means.supply.versions():
+        if link is None or not has_runtimes:
             return
-        facts = self.model.facts
         shapes = hot_shapes(self.model.slot)
-        if not self.model.arrangement.overlays and self._recall(facts) and not shapes.buckets:
+        if recalled and not shapes.buckets:
             return
         link.set_requests(self.model.name, self.model.requests())
         document = {
