@@ -75,7 +75,7 @@ def _identity(fd: int) -> str:
 
 def test_an_event_is_one_json_line_with_its_fields(target: Callable[..., Target]) -> None:
     to = target()
-    emit("plan.published", graph="minilm", revision=13, plan_id="p7", predicted_ms=4.1)
+    emit("plan.published", graph="minilm", revision=13, plan_id="p7", ratio=0.91)
     [line] = [json.loads(text) for text in to.lines()]
     assert line.pop("ts").endswith("Z")
     assert line == {
@@ -85,7 +85,7 @@ def test_an_event_is_one_json_line_with_its_fields(target: Callable[..., Target]
         "graph": "minilm",
         "revision": 13,
         "plan_id": "p7",
-        "predicted_ms": 4.1,
+        "ratio": 0.91,
     }
 
 
