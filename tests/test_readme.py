@@ -1,6 +1,7 @@
 """What the README says to type exists, and its Python runs."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -43,7 +44,7 @@ def test_every_file_named_exists() -> None:
 
 @pytest.mark.parametrize("line", [line for line in CONSOLE if line.startswith("./graphoptctl")])
 def test_every_command_line_parses(line: str) -> None:
-    words = re.sub(r"\|.*", "", line).replace("'", "").split()[1:]
+    words = shlex.split(re.sub(r"\|.*", "", line))[1:]
     build_parser().parse_args(words)
 
 
