@@ -30,6 +30,9 @@ BUSY = "busy"  # the queue is full; ask again
 UNKNOWN = "unknown"  # there is no such model or revision
 OFF = "off"  # the builder does not start, or was closed
 
+UNDECIDED = frozenset({CANCELLED, BUSY, UNKNOWN, OFF})
+"""Stages that say nothing about the candidate: it is to be asked for again another time."""
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:

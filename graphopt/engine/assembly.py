@@ -4,7 +4,7 @@ Deliberately absent: where artifacts come from (`campaign`), and whether the res
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,9 @@ class Piece:
         return f"{self.backend} of {self.blocks[-1]} ({self.options.label})"
 
 
+Keyed = list[tuple[Piece, ArtifactKey]]
+
+
 def pieces_of(plan: Mapping[str, Any]) -> list[Piece]:
     """The pieces of a proposed plan, in its order."""
     return [
@@ -47,9 +50,7 @@ def artifact_key(facts: Facts, piece: Piece, version: str) -> ArtifactKey:
     return (region.key, weights, piece.backend, version, options)
 
 
-def overlays_of(
-    facts: Facts, keyed: Sequence[tuple[Piece, ArtifactKey]], loaded: Shelf
-) -> list[Overlay]:
+def overlays_of(facts: Facts, keyed: Keyed, loaded: Shelf) -> list[Overlay]:
     """An overlay for each run of which at least one artifact is loaded."""
     by_run: dict[tuple[str, ...], list[tuple[Piece, ArtifactKey]]] = {}
     for piece, key in keyed:

@@ -5,6 +5,7 @@ builder's link only wake it. A model's campaign starts when it is loaded, after 
 traffic has other hot shapes, and when a pin ends.
 """
 
+import itertools
 import shutil
 import tempfile
 import threading
@@ -81,6 +82,8 @@ class BetterPath:
         self._background = background
         self._courses: dict[str, _Course] = {}
         self._changed = threading.Condition()
+        self._looks = itertools.count()
+        self._is_closed = False
         self._scratch = Path(tempfile.mkdtemp(prefix="graphopt-"))
         home = folder if folder is not None else self._scratch
         self.pins = Pins(folder, clocks.wall_s, settings.events)
@@ -175,9 +178,11 @@ class BetterPath:
                 looked.set()
                 self._notify()
 
-        self._background.submit("look", look)
+        self._background.submit(f"look {next(self._looks)}", look)
         with self._changed:
-            return self._changed.wait_for(lambda: looked.is_set() and self._is_settled(), timeout_s)
+            return self._changed.wait_for(
+                lambda: self._is_closed or (looked.is_set() and self._is_settled()), timeout_s
+            )
 
     def status(self) -> BuilderStatus:
         """What the builder is at."""
@@ -206,8 +211,10 @@ class BetterPath:
 
     def close(self) -> None:
         """Ends the builder. The background thread has ended before."""
+        self._is_closed = True
         for course in self._courses.values():
             self._end(course)
+        self._notify()
         if self.link is not None:
             self.link.close()
         self.supply.close()

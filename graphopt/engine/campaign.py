@@ -11,14 +11,22 @@ Deliberately absent: what is worth proposing (the planner), and when a plan is f
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from graphopt.analysis.facts import Facts
-from graphopt.builder.records import CANCELLED, OFF, Answer
-from graphopt.engine.assembly import Piece, artifact_key, overlays_of, pieces_of
+from graphopt.engine.assembly import Keyed, Piece, artifact_key, overlays_of, pieces_of
 from graphopt.engine.builder_link import BuilderLink
-from graphopt.engine.findings import Finding, Findings, State
+from graphopt.engine.findings import (
+    Finding,
+    Findings,
+    State,
+    judged,
+    with_figures,
+    with_keys,
+)
+from graphopt.engine.gather import REASONS_KEPT, Gathering, gather
 from graphopt.engine.improve import FusedStage, Waiting
 from graphopt.engine.live import LiveModel
 from graphopt.engine.pins import Pins
@@ -37,8 +45,6 @@ COVERED_MIN = (
 )
 WATCHED_MIN = 50  # requests after which a plan under watch may give way to the next trial
 UNWATCHED_S = 1.0  # or so long, where there is hardly any traffic
-
-Keyed = list[tuple[Piece, ArtifactKey]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +74,9 @@ class Campaign:
         self.revision = model.revision
         self._course = self._run()
         self._waits_for: Future[Any] | None = None
+        self._judged: Any = None  # key of the plan that the switch judges for this campaign
         self._verdict: Future[Outcome] | None = None
-        self._asked: list[Future[Answer]] = []  # of the builder, for the plan at hand
+        self._gathering = Gathering()  # for the plan at hand
         self.wanted: frozenset[ArtifactKey] = frozenset()  # to be kept in memory for it
 
     def step(self, wake: Callable[[], None]) -> float | None:
@@ -104,8 +111,9 @@ class Campaign:
         return None
 
     def take(self, outcome: Outcome) -> None:
-        """A decision of the switch about this model's plans."""
-        if self._verdict is not None and not self._verdict.done():
+        """A decision of the switch about this model's plans, of which one may be waited for."""
+        is_ours = outcome.key == self._judged
+        if is_ours and self._verdict is not None and not self._verdict.done():
             self._verdict.set_result(outcome)
 
     def close(self) -> None:
@@ -113,7 +121,7 @@ class Campaign:
         if not self.is_over:
             self.is_over, self.wanted = True, frozenset()
             self._course.close()
-            for future in self._asked:
+            for future in self._gathering.asked:
                 future.cancel()
 
     def _resume(self, done: Any) -> Any:
@@ -161,7 +169,10 @@ class Campaign:
         self._conclude(facts)
 
     def _recall(self, facts: Facts) -> bool:
-        """Publishes what was chosen for this very graph before, if its artifacts are at hand."""
+        """Publishes what was chosen for this very graph before, if its artifacts are at hand.
+
+        Under watch, as any plan whose cost is known.
+        """
         chosen = self._means.supply.recall(self.model.name, facts)
         if chosen is None:
             return False
@@ -171,11 +182,16 @@ class Campaign:
             return False
         old = self.model.arrangement
         new = Arrangement.of(old.base, overlays)
-        self._warm(new)
-        if not self.model.publish(old, new):
-            return False
         finding = Finding(label, "chosen", "chosen before for this graph", self.revision)
-        self.findings.note(_with_figures(_with_keys(finding, keyed), self.findings.get(label)))
+        finding = with_keys(finding, keyed)
+        if self._warm(new)[1]:
+            return False
+        self.model.introduce(new)
+        key = (label, finding.structures)
+        if self.model.switch.consider(new.plan, key, expected=old.plan, is_known=True):
+            return False
+        self.model.attend()  # to have it told
+        self.findings.note(with_figures(finding, self.findings.get(label)))
         return True
 
     def _pursue(self, plan: Mapping[str, Any], facts: Facts) -> Waiting:
@@ -183,26 +199,42 @@ class Campaign:
         before = self.findings.get(plan["label"])
         finding = Finding(plan["label"], "building", revision=self.revision)
         keyed = self._keyed(facts, pieces_of(plan))
-        finding = _with_keys(finding, keyed)
+        finding = with_keys(finding, keyed)
         self.wanted = frozenset(key for _, key in keyed)
         pin = self._means.pins.get(self.model.name)
         is_of_tiers = pin is not None and pin.tiers is not None  # some may harm the builder
         if is_of_tiers and self._is_held(finding, plan["backend"], before):
             return
         self.findings.note(finding)
-        finding = yield from self._build(finding, facts, keyed)
+        gathered = self._gathering = Gathering()
+        assert self._means.link is not None
+        yield from gather(self.model, facts, self._means.link, self._means.supply, keyed, gathered)
+        finding = replace(
+            finding, build_s=gathered.build_s, resident_bytes=gathered.resident_bytes,
+            reason="; ".join(gathered.reasons[:REASONS_KEPT]),
+        )  # fmt: skip
+        if not gathered.is_decided:
+            self.findings.note(finding)  # still `building`: the next campaign asks again
+            return
         overlays = overlays_of(facts, keyed, self._means.supply.loaded)
         old = self.model.arrangement
         new = Arrangement.of(old.base, overlays)
         if new.plan.id == old.plan.id and overlays:
-            self.findings.note(_with_figures(replace(finding, state="chosen"), before))
+            self.findings.note(with_figures(replace(finding, state="chosen"), before))
             return
         if _nodes(overlays) < COVERED_MIN * sum(_nodes_of(facts, run) for run in _runs(keyed)):
             self.findings.note(replace(finding, state="failed"))
             return
         if self._is_held(finding, plan["backend"], before):
             return
-        self._warm(new)
+        ran, reason = self._warm(new)
+        if reason:
+            self._refuse(plan["backend"], new, reason)
+        if reason or not ran:
+            state: State = "failed" if reason else "building"
+            reason = reason or "no request to try it on"
+            self.findings.note(replace(finding, state=state, reason=reason))
+            return
         is_known = (
             before is not None
             and before.state in ("chosen", "replaced")
@@ -218,38 +250,8 @@ class Campaign:
             return False
         reason = f"pinned by {pin.owner}: {pin.reason}"
         held = replace(finding, state="held", reason=reason)
-        self.findings.note(_with_figures(held, before))
+        self.findings.note(with_figures(held, before))
         return True
-
-    def _build(self, finding: Finding, facts: Facts, keyed: Keyed) -> Waiting:
-        """Brings every artifact of a plan into memory; returns the finding with what it took."""
-        assert self._means.link is not None
-        supply, link, total_s, reasons = self._means.supply, self._means.link, 0.0, []
-        missing = [entry for entry in keyed if not supply.fetch(facts, *entry)]
-        bad: set[tuple[str, str]] = set()  # structure and options: what failed once fails for twins
-        for wave in _waves(missing):
-            asked = []
-            for piece, key in wave:
-                if (key[0], key[-1]) not in bad:
-                    job = supply.job(self.model.name, self.revision, piece)
-                    asked.append((piece, key, job, link.build(job)))
-            self._asked = [future for *_, future in asked]
-            for piece, key, job, future in asked:
-                answer: Answer = yield future
-                if answer.stage not in (CANCELLED, OFF):
-                    total_s += answer.build_s or 0.0
-                    self._tell(piece, answer)
-                stage, reason = answer.stage, answer.reason
-                if answer.ok:
-                    stage, reason = "load", supply.take(facts, piece, key, job, answer)
-                if reason:
-                    bad.add((key[0], key[-1]))
-                    reasons.append(f"{piece.about}: {stage}: {reason}")
-        resident = [c.size_bytes for _, key in keyed if (c := supply.loaded.find(key)) is not None]
-        return replace(
-            finding, build_s=total_s if missing else None, resident_bytes=sum(resident),
-            reason="; ".join(reasons[:3]),
-        )  # fmt: skip
 
     def _judge(
         self, finding: Finding, old: Arrangement, new: Arrangement, *, is_known: bool
@@ -257,7 +259,8 @@ class Campaign:
         """Has the switch decide. A way that won with just these structures needs no trial again."""
         model, switch = self.model, self.model.switch
         self.findings.note(finding)
-        key = (finding.label, finding.structures)  # what a back-off is about
+        key = self._judged = (finding.label, finding.structures)  # what a back-off is about
+        model.forget_candidates()  # those that lost
         model.introduce(new)
         waited_s = 0.0
         while why := switch.consider(
@@ -279,7 +282,7 @@ class Campaign:
         model.attend()
         outcome: Outcome = yield self._verdict
         self._verdict = None
-        self.findings.note(_judged(finding, outcome))
+        self.findings.note(judged(finding, outcome))
         if outcome.decision == "published":
             for other in self.findings:
                 if other.state == "chosen" and other.label != finding.label:
@@ -315,35 +318,18 @@ class Campaign:
                 return False
         if found is None or found.state in ("building", "on trial", "held", "chosen"):
             return True
-        fresh = _with_keys(found, self._keyed(facts, pieces_of(plan)))
+        fresh = with_keys(found, self._keyed(facts, pieces_of(plan)))
         return not found.stands_for(fresh.structures, fresh.shapes)
 
     def _keyed(self, facts: Facts, pieces: Sequence[Piece]) -> Keyed:
         versions = self._means.supply.versions()
         return [(piece, artifact_key(facts, piece, versions[piece.backend])) for piece in pieces]
 
-    def _tell(self, piece: Piece, answer: Answer) -> None:
-        fields = {
-            "graph": self.model.name, "revision": self.revision, "block": piece.blocks[-1],
-            "tier": piece.backend, "options": piece.options.label, "build_s": answer.build_s,
-            "cpu_s": answer.cpu_s, "artifact_bytes": answer.artifact_bytes,
-        }  # fmt: skip
-        events = self.model.settings.events
-        if answer.build_s is not None:
-            events("plan.built", {name: v for name, v in fields.items() if v is not None})
-        proof = {
-            "graph": self.model.name, "revision": self.revision, "block": piece.blocks[-1],
-            "tier": piece.backend, "max_error": answer.max_error, "allowed": answer.allowed,
-        }  # fmt: skip
-        if answer.ok:
-            events("plan.verified", proof)
-        else:
-            events("plan.refused", {**proof, "stage": answer.stage, "reason": answer.reason})
-
     def _latency_s(self) -> float | None:
         found = request_seconds(self.model.slot)
         if found is None and not self.model.slot.is_busy():
-            found = self.model.time_once(self.model.inputs_to_try()[0])
+            with suppress(Exception):  # a made-up input may be one that the model cannot take
+                found = self.model.time_once(self.model.inputs_to_try()[0])
         return found
 
     def _pairs_max(self) -> int:
@@ -351,10 +337,28 @@ class Campaign:
         latency_s = self._latency_s() or 0.0
         return max(PAIRS_MIN, int(TRIAL_MAX_S / (4 * max(latency_s, 1e-6))))
 
-    def _warm(self, arrangement: Arrangement) -> None:
-        """Runs a plan once before any request does: first calls allocate, and page weights in."""
+    def _warm(self, arrangement: Arrangement) -> tuple[int, str]:
+        """Runs a plan once before any request does: first calls allocate, and page weights in.
+
+        Returns on how many inputs it ran, and why it failed one that the published plan takes.
+        """
+        ran = 0
         for inputs in self.model.inputs_to_try():
-            run_plan(arrangement.plan, inputs)
+            try:
+                run_plan(arrangement.plan, inputs)
+                ran += 1
+            except Exception as error:  # whatever a runtime raises, it costs nobody a request here
+                with suppress(Exception):
+                    run_plan(self.model.slot.plan, inputs)
+                    return ran, f"{type(error).__name__}: {error}"
+        return ran, ""
+
+    def _refuse(self, backend: str, arrangement: Arrangement, reason: str) -> None:
+        fields = {
+            "graph": self.model.name, "revision": self.revision, "tier": backend,
+            "plan_id": arrangement.plan.id, "stage": "load", "reason": reason,
+        }  # fmt: skip
+        self.model.settings.events("plan.refused", fields)
 
     def _conclude(self, facts: Facts) -> None:
         """Everything proposed was looked at: what runs is remembered, and what lies under it goes."""
@@ -364,15 +368,6 @@ class Campaign:
                 self.model.name, facts, chosen.label, self.model.arrangement
             )
             self.model.lighten()
-
-
-def _waves(missing: Keyed) -> list[Keyed]:
-    """One of each structure and options first, then their twins."""
-    first: dict[tuple[str, str], tuple[Piece, ArtifactKey]] = {}
-    for piece, key in missing:
-        first.setdefault((key[0], key[-1]), (piece, key))
-    chosen = {key for _, key in first.values()}
-    return [list(first.values()), [entry for entry in missing if entry[1] not in chosen]]
 
 
 def _runs(keyed: Keyed) -> set[tuple[str, ...]]:
@@ -385,36 +380,3 @@ def _nodes_of(facts: Facts, run: tuple[str, ...]) -> int:
 
 def _nodes(overlays: Sequence[Overlay]) -> int:
     return sum(len(overlay.step.nodes) for overlay in overlays)
-
-
-def _with_keys(finding: Finding, keyed: Keyed) -> Finding:
-    return replace(
-        finding,
-        structures=frozenset(key[0] for _, key in keyed),
-        shapes=frozenset(piece.options.label for piece, _ in keyed),
-    )
-
-
-def _with_figures(finding: Finding, before: Finding | None) -> Finding:
-    """The finding with what was measured the last time, where nothing had to be measured now."""
-    if before is None:
-        return finding
-    reason = before.reason if before.state == finding.state else ""
-    return replace(
-        finding, reason=finding.reason or reason, ratio=before.ratio, latency_s=before.latency_s,
-        build_s=before.build_s if finding.build_s is None else finding.build_s,
-    )  # fmt: skip
-
-
-def _judged(finding: Finding, outcome: Outcome) -> Finding:
-    """The finding with what the switch decided."""
-    trial = outcome.trial
-    states: dict[str, State] = {"published": "chosen", "refused": "no gain"}
-    state = states.get(outcome.decision, "failed")
-    return replace(
-        finding,
-        state=state,
-        reason=outcome.reason,
-        ratio=trial.ratio if trial is not None else None,
-        latency_s=trial.buckets[0].candidate_s if trial is not None and trial.buckets else None,
-    )

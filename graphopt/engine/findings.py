@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from graphopt.engine.assembly import Keyed
 from graphopt.executor.switch import Outcome
 
 SAME_SHARE = 0.75  # of the regions' structures: as long as they are the same, a conclusion stands
@@ -84,3 +85,37 @@ class Findings:
 
     def __iter__(self) -> Iterator[Finding]:
         return iter(list(self._by_label.values()))
+
+
+def with_keys(finding: Finding, keyed: Keyed) -> Finding:
+    """The finding with the structures and shape variants that its plan is made of."""
+    return replace(
+        finding,
+        structures=frozenset(key[0] for _, key in keyed),
+        shapes=frozenset(piece.options.label for piece, _ in keyed),
+    )
+
+
+def with_figures(finding: Finding, before: Finding | None) -> Finding:
+    """The finding with what was measured the last time, where nothing had to be measured now."""
+    if before is None:
+        return finding
+    reason = before.reason if before.state == finding.state else ""
+    return replace(
+        finding, reason=finding.reason or reason, ratio=before.ratio, latency_s=before.latency_s,
+        build_s=before.build_s if finding.build_s is None else finding.build_s,
+    )  # fmt: skip
+
+
+def judged(finding: Finding, outcome: Outcome) -> Finding:
+    """The finding with what the switch decided."""
+    trial = outcome.trial
+    states: dict[str, State] = {"published": "chosen", "refused": "no gain"}
+    state = states.get(outcome.decision, "building")  # not judged to the end: open again
+    return replace(
+        finding,
+        state=state,
+        reason=outcome.reason,
+        ratio=trial.ratio if trial is not None else None,
+        latency_s=trial.buckets[0].candidate_s if trial is not None and trial.buckets else None,
+    )

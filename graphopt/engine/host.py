@@ -59,14 +59,18 @@ class Host:
             self._on_background_error,
             clocks.monotonic_s,
         )
-        self.better = BetterPath(
-            self.settings,
-            clocks,
-            self._background,
-            self._shelf,
-            self.folder.path if self.folder is not None else None,
-            self._journal.blob_path if self._journal is not None else None,
-        )
+        try:
+            self.better = BetterPath(
+                self.settings,
+                clocks,
+                self._background,
+                self._shelf,
+                self.folder.path if self.folder is not None else None,
+                self._journal.blob_path if self._journal is not None else None,
+            )
+        except BaseException:
+            self._let_go()
+            raise
         try:
             self._recover()
         except BaseException:
@@ -164,12 +168,16 @@ class Host:
         """Ends the threads and lets go of the state folder; queued requests are run first."""
         self._background.close()
         self.better.close()
+        self._let_go()
+
+    # -- helpers
+
+    def _let_go(self) -> None:
+        self._background.close()
         self.threads.close()
         self._models.clear()
         if self.folder is not None:
             self.folder.close()
-
-    # -- helpers
 
     def _begin(self, graph: Graph, kind: str) -> Recovered:
         line = RevisionInfo(1, kind, "", None, graph.hash, self._clocks.wall_s())

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from graphopt.analysis.facts import Facts
-from graphopt.builder.records import CANCELLED, OFF, Answer, finite
+from graphopt.builder.records import UNDECIDED, Answer, finite
 from graphopt.engine.builder_link import BuilderLink
 from graphopt.engine.live import LiveModel
 from graphopt.engine.shelf import Candidate, Key, Shelf
@@ -53,6 +53,7 @@ class FusedStage:
         """
         old, facts, blocks = model.take_unproven()
         is_done = False
+        asked: list[tuple[Step, Future[Answer]]] = []
         try:
             candidates, concerned = self._prepare(facts, blocks)
             if candidates and self._link is not None:
@@ -64,7 +65,7 @@ class FusedStage:
                     ]
                     for step, future in asked:
                         answer = yield future
-                        if answer.stage in (CANCELLED, OFF):
+                        if answer.stage in UNDECIDED:
                             return
                         self._take(model, facts, step, answer)
             else:
@@ -73,6 +74,8 @@ class FusedStage:
                     yield None
             is_done = model.publish_base(old, facts, concerned)
         finally:
+            for _, future in asked:
+                future.cancel()
             if not is_done:
                 model.give_back(blocks)
 

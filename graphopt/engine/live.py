@@ -125,9 +125,12 @@ class LiveModel:
         """
         with self._writing:
             if self.switch.phase in ("idle", "watch"):
-                roles = (self.slot.plan, self.slot.last_good)
-                kept = (each for each in self._known if any(each.plan is plan for plan in roles))
-                self._known = tuple(kept)
+                self._keep_roles()
+
+    def _keep_roles(self) -> None:
+        roles = (self.slot.plan, self.slot.last_good)
+        kept = (each for each in self._known if any(each.plan is plan for plan in roles))
+        self._known = tuple(kept)
 
     def inputs_to_try(self) -> list[Mapping[str, torch.Tensor]]:
         """Inputs for plans without traffic: of real requests, else made up."""
@@ -139,11 +142,12 @@ class LiveModel:
         return [inputs for row in kept.values() for inputs in row]
 
     def introduce(self, candidate: Arrangement) -> None:
-        """Makes an arrangement known before its plan may be published."""
+        """Makes an arrangement known before its plan may be published.
+
+        Nothing is let go here: a plan on trial has no role yet, and may be published at any moment.
+        """
         with self._writing:
-            roles = (self.slot.plan, self.slot.last_good)
-            kept = (each for each in self._known if any(each.plan is plan for plan in roles))
-            self._known = (*kept, candidate)
+            self._known = (*self._known, candidate)
 
     # -- editing
 
@@ -421,6 +425,7 @@ class LiveModel:
             old, revision = self.arrangement, arrangement.plan.revision
             arrangement, _ = old.after(new, revision, self.live_step)
             self.introduce(arrangement)
+        self._keep_roles()  # a trial of the old revision publishes nothing any more
         self._unproven |= _replanned(new)
         self._unproven.update(block for block in uncovered if block in new.facts.regions)
         self._graphs[arrangement.plan.revision] = new.facts.graph

@@ -15,7 +15,7 @@ from graphopt.analysis.facts import Facts
 from graphopt.builder.records import Answer
 from graphopt.engine.artifact_entry import Verified, name_of
 from graphopt.engine.artifacts import ArtifactCache
-from graphopt.engine.assembly import Piece, artifact_key
+from graphopt.engine.assembly import Keyed, Piece, artifact_key
 from graphopt.engine.builder_jobs import BuildJob
 from graphopt.engine.fingerprint import host_fingerprint
 from graphopt.engine.live import Clocks
@@ -24,13 +24,11 @@ from graphopt.engine.records import EngineSettings
 from graphopt.engine.shelf import Candidate, Shelf
 from graphopt.errors import GraphoptError
 from graphopt.executor.arrangement import Arrangement, ArtifactKey
-from graphopt.executor.backend import BackendMissingError, backends, options_of
+from graphopt.executor.backend import BackendMissingError, BuildError, backends, options_of
 from graphopt.executor.runs import run_region
 
 # Of loaded artifacts that no plan with a role runs: they lie on disk, 50 ms away, so hardly any.
 UNUSED_BYTES_MAX = 16 << 20
-
-Keyed = list[tuple[Piece, ArtifactKey]]
 
 
 class Supply:
@@ -163,7 +161,12 @@ class Supply:
     def _load(self, facts: Facts, piece: Piece, key: ArtifactKey, folder: Path) -> None:
         region = run_region(facts, piece.blocks)
         constants = [facts.graph.constants[name].tensor for name in region.consts]
-        loaded = backends()[piece.backend].load(folder, constants, piece.options)
+        try:
+            loaded = backends()[piece.backend].load(folder, constants, piece.options)
+        except GraphoptError:
+            raise
+        except Exception as error:  # of a runtime, whose own errors a backend may not know all of
+            raise BuildError(f"{type(error).__name__}: {error}", where=piece.about) from error
         self.loaded.put(key, Candidate(piece.backend, loaded.function, (), loaded.resident_bytes))
         if key not in self._pinned:
             self._pinned.add(key)

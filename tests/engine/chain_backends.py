@@ -3,6 +3,7 @@ all of them, or as much waiting as one likes.
 """
 
 import ctypes
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -69,6 +70,22 @@ class Segfault(Once):
 
     def build(self, facts: Facts, region: Region, options: Options, folder: Path) -> None:
         ctypes.string_at(0)
+
+
+class Homesick(Once):
+    """Works where it was built, and nowhere else."""
+
+    name = "homesick"
+
+    def function(self, folder: Path) -> Callable[..., Any]:
+        at_home = Path(sys.modules["__main__"].__file__ or "").parent.name == "builder"
+
+        def run(x: torch.Tensor, *symbols: int) -> torch.Tensor:
+            if not at_home:
+                raise RuntimeError("no such device")
+            return torch.relu(x)
+
+        return run
 
 
 class Tiring(Once):

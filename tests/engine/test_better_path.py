@@ -2,8 +2,10 @@
 while the answers stay right.
 """
 
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,17 @@ import pytest
 import torch
 
 import graphopt
+from graphopt.builder.records import BUSY
 from graphopt.delta import AddNode, Delta, RemoveNode, Rewire, SetOutputs
 from graphopt.dims import symbol
+from graphopt.engine.builder_files import ScratchConstants
+from graphopt.engine.builder_link import BuilderLink, BuilderSettings
 from graphopt.engine.engine import Engine
+from graphopt.engine.improve import FusedStage
+from graphopt.engine.shelf import Shelf
 from graphopt.graph import Graph, Ref, Symbol
 from graphopt.types import TensorType
-from helpers.graphs import Builder
+from helpers.graphs import Builder, transformer
 
 HERE = str(Path(__file__).parent)
 LENGTH = 150  # relus: about 0.3 ms of Python in eager
@@ -154,6 +161,40 @@ def test_a_wrong_candidate_never_answers(start: Start, said: Said):
     assert states(engine) == {"wrong whole": "failed"}
 
 
+def test_a_candidate_that_fails_in_the_server_alone_is_refused_before_any_request(
+    start: Start, said: Said
+):
+    engine = start("Homesick", graph=chain())
+    before = ask(engine, 3)
+    assert engine.settle(SETTLED_S)
+    (refused,) = of(said, "plan.refused")
+    assert (refused["stage"], refused["tier"]) == ("load", "homesick")
+    assert ask(engine, 3) == before
+    assert states(engine) == {"homesick whole": "failed"}
+
+
+def test_answers_that_say_nothing_about_a_candidate_are_not_held_against_it(tmp_path: Path):
+    full = BuilderSettings(queue_max=0)
+    link = BuilderLink(tmp_path, ScratchConstants(tmp_path / "c"), time.monotonic, full)
+    settings = graphopt.EngineSettings(intra_op=1, improve=False)
+    with closing(link), graphopt.Engine(transformer(1), settings) as engine:
+        model = engine.model
+        course = FusedStage(Shelf(), link).course(model)
+        asked = next(course)
+        assert asked.result().stage == BUSY
+        with pytest.raises(StopIteration):
+            course.send(asked.result())
+        _, facts, blocks = model.take_unproven()
+        assert blocks == set(facts.regions), "they are to be looked at again"
+
+
+def test_everybody_who_waits_is_told(start: Start):
+    engine = start("Once", graph=chain())
+    with ThreadPoolExecutor(4) as waiters:
+        told = [waiters.submit(engine.settle, None) for _ in range(4)]
+        assert all(future.result(SETTLED_S) for future in told)
+
+
 def test_a_candidate_that_crashes_the_builder_costs_its_log_line(start: Start, said: Said):
     engine = start("Segfault", "Once", graph=chain())
     ask(engine, 3)
@@ -207,6 +248,7 @@ def test_a_restart_serves_the_best_known_plan_without_a_build(start: Start, said
     again = start("Once", state="state")
     assert again.settle(SETTLED_S)
     assert tiers(again) == {"once": 1}
+    assert [fields["cause"] for fields in of(said, "plan.published")] == ["known_cost"]
     assert of(said, "plan.built") == []
     assert of(said, "builder.started") == []
     ask(again, 3)

@@ -31,7 +31,10 @@ from graphopt.errors import (
     UnknownNodeError,
     UnknownOpError,
 )  # fmt: skip
-from helpers.graphs import feeds_of, same_outputs, transformer
+from graphopt.executor.arrangement import Arrangement, Overlay
+from graphopt.executor.plan import Plan
+from graphopt.executor.runs import eager_run, run_of
+from helpers.graphs import feeds_of, reference, same_outputs, transformer
 
 SIZES = {"batch": 2, "seq": 5}
 Events = list[tuple[str, Mapping[str, Any]]]
@@ -469,3 +472,31 @@ def test_a_call_runs_with_the_engines_threads_and_gives_the_callers_count_back(
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
+
+
+def test_a_trial_that_ends_while_a_delta_is_applied_holds_nothing_up(engine: graphopt.Engine):
+    engine.settle(60)
+    model, slot = engine.model, engine.model.slot
+    block = next(each for each in model.facts.regions if each.startswith("layer.0"))
+    run = run_of(model.facts, block)
+    stand_in = dataclasses.replace(eager_run(model.facts, run), tier="runtime", digest=1)
+    candidate = Arrangement.of(model.arrangement.base, [Overlay(stand_in, ())])
+    model.introduce(candidate)
+    publish = slot.publish
+
+    def publish_late(plan: Plan, expected: Plan | None = None) -> bool:
+        """The candidate wins its trial after the delta was planned, before it is published."""
+        slot.publish = publish  # type: ignore[method-assign]
+        assert publish(candidate.plan, expected=expected)
+        return publish(plan, expected=expected)
+
+    slot.publish = publish_late  # type: ignore[method-assign]
+    name = "classifier.bias"
+    bias = engine.graph.constants[name].tensor + 1
+    applied = engine.apply(graphopt.Delta([graphopt.PutConstant(name, bias)]))
+    assert slot.plan.revision == applied.revision == 2
+    assert slot.plan.tiers()["runtime"] == 1, "the delta starts from what the trial left"
+    assert model.known() == (model.arrangement,)
+    feeds = feeds_of(engine.graph, {"batch": 2, "seq": 5}, 1)
+    for name, value in reference(engine.graph, feeds).items():
+        torch.testing.assert_close(engine.run(feeds).outputs[name], value)

@@ -51,7 +51,7 @@ def assert_means(plan: Plan, facts: Facts) -> None:
         expected = reference(facts.graph, feeds)
     except (RuntimeError, IndexError):  # e.g. an id out of a random table's range
         return
-    same_outputs(run_plan(plan, feeds), expected)
+    assert same_outputs(run_plan(plan, feeds), expected)
 
 
 def test_layers_are_found_and_parted_at_the_same_block():

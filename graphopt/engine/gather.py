@@ -1,0 +1,96 @@
+"""Bringing the artifacts of a plan into memory: from disk, else from the builder.
+
+One of each structure is built before its twins, so that what cannot be built is asked for once. What
+the builder found is told as events.
+"""
+
+from collections.abc import Generator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from graphopt.analysis.facts import Facts
+from graphopt.builder.records import UNDECIDED, Answer
+from graphopt.engine.assembly import Keyed, Piece
+from graphopt.engine.builder_link import BuilderLink
+from graphopt.engine.live import LiveModel
+from graphopt.engine.supply import Supply
+from graphopt.executor.arrangement import ArtifactKey
+
+REASONS_KEPT = 3  # of the failures of one plan, which are mostly one failure
+
+
+@dataclass(slots=True)
+class Gathering:
+    """What it took.
+
+    Attributes:
+        build_s: wall time of all builds; None when everything was at hand.
+        resident_bytes: memory of what is loaded now, beyond mapped files.
+        is_decided: whether the builder had an answer to everything it was asked.
+        reasons: what could not be built, loaded or proven, and why.
+        asked: futures of the builder, to be cancelled when nobody waits any more.
+    """
+
+    build_s: float | None = None
+    resident_bytes: int = 0
+    is_decided: bool = True
+    reasons: list[str] = field(default_factory=list)
+    asked: "list[Future[Answer]]" = field(default_factory=list)
+
+
+def gather(
+    model: LiveModel, facts: Facts, link: BuilderLink, supply: Supply, keyed: Keyed, into: Gathering
+) -> "Generator[Future[Answer], Answer, None]":
+    """A coroutine that waits for the builder and fills `into`."""
+    revision = model.revision
+    missing = [entry for entry in keyed if not supply.fetch(facts, *entry)]
+    bad: set[tuple[str, str]] = set()  # structure and options: what failed once fails for twins
+    for wave in _waves(missing):
+        asked = []
+        for piece, key in wave:
+            if (key[0], key[-1]) not in bad:
+                job = supply.job(model.name, revision, piece)
+                asked.append((piece, key, job, link.build(job)))
+        into.asked = [future for *_, future in asked]
+        for piece, key, job, future in asked:
+            answer = yield future
+            if answer.stage in UNDECIDED:
+                into.is_decided = False
+            else:
+                into.build_s = (into.build_s or 0.0) + (answer.build_s or 0.0)
+                _tell(model, revision, piece, answer)
+            stage, reason = answer.stage, answer.reason
+            if answer.ok:
+                stage, reason = "load", supply.take(facts, piece, key, job, answer)
+            if reason:
+                bad.add((key[0], key[-1]))
+                into.reasons.append(f"{piece.about}: {stage}: {reason}")
+    loaded = (supply.loaded.find(key) for _, key in keyed)
+    into.resident_bytes = sum(each.size_bytes for each in loaded if each is not None)
+
+
+def _tell(model: LiveModel, revision: int, piece: Piece, answer: Answer) -> None:
+    about: dict[str, Any] = {"graph": model.name, "revision": revision, "block": piece.blocks[-1]}
+    about["tier"] = piece.backend
+    events = model.settings.events
+    if answer.build_s is not None:
+        fields = {
+            "options": piece.options.label, "build_s": answer.build_s, "cpu_s": answer.cpu_s,
+            "artifact_bytes": answer.artifact_bytes,
+        }  # fmt: skip
+        events("plan.built", {**about, **{k: v for k, v in fields.items() if v is not None}})
+    proof = {**about, "max_error": answer.max_error, "allowed": answer.allowed}
+    if answer.ok:
+        events("plan.verified", proof)
+    else:
+        events("plan.refused", {**proof, "stage": answer.stage, "reason": answer.reason})
+
+
+def _waves(missing: Keyed) -> list[Keyed]:
+    """One of each structure and options first, then their twins."""
+    first: dict[tuple[str, str], tuple[Piece, ArtifactKey]] = {}
+    for piece, key in missing:
+        first.setdefault((key[0], key[-1]), (piece, key))
+    chosen = {key for _, key in first.values()}
+    return [list(first.values()), [entry for entry in missing if entry[1] not in chosen]]
