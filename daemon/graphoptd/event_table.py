@@ -168,7 +168,7 @@ EVENTS: Mapping[str, Event] = _events(
     (
         "plan.declined",
         "info",
-        "a proven candidate was tried and is no gain; it is not tried again for a while",
+        "a proven candidate was tried and is no gain; it is not tried again while its regions stay alike",
         "graph revision plan_id from_plan_id reason",
         "cause ratio ratio_low ratio_high pairs backoff_s",
     ),
