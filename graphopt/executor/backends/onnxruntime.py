@@ -28,7 +28,7 @@ from graphopt.executor.backend import BackendMissingError, BuildError, Loaded, O
 from graphopt.executor.backends.artifact import Sheet, read_sheet, sheet_of, write_sheet
 from graphopt.executor.backends.calls import Calls
 from graphopt.executor.backends.onnx_target import OUTSIDE, OnnxTarget
-from graphopt.executor.backends.target import DeclinedError
+from graphopt.executor.backends.target import EXACT_INTEGERS, DeclinedError
 from graphopt.executor.backends.translate import translate, why_not
 
 MODEL, DERIVED = "model.onnx", "derived.bin"
@@ -45,12 +45,7 @@ class OnnxRuntimeBackend:
 
     name: ClassVar[str] = "onnxruntime"
     dtypes: ClassVar[frozenset[str]] = frozenset({"f32", "i64", "i32", "bool"})
-    integers: ClassVar[frozenset[str]] = frozenset(
-        {
-            "add", "sub", "mul", "max", "min", "eq", "ne", "lt", "le", "gt", "ge", "cumsum", "sum",
-            "reduce_max", "reduce_min", "neg", "abs", "floordiv", "mod",
-        }
-    )  # fmt: skip
+    integers: ClassVar[frozenset[str]] = EXACT_INTEGERS
     absent: ClassVar[frozenset[str]] = frozenset()
     flat_linear: ClassVar[bool] = True
     knows_causal: ClassVar[bool] = False

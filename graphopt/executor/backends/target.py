@@ -116,6 +116,15 @@ class Target(Protocol):
         """The handles of adjacent pieces of `value` along `axis`, of these sizes."""
 
 
+# Calls that CPU runtimes do on integers exactly as torch does, within the range of their type
+EXACT_INTEGERS = frozenset(
+    {
+        "add", "sub", "mul", "max", "min", "eq", "ne", "lt", "le", "gt", "ge", "cumsum", "sum",
+        "reduce_max", "reduce_min", "neg", "abs", "floordiv", "mod",
+    }
+)  # fmt: skip
+
+
 class Capabilities(Protocol):
     """What a runtime can do exactly, known without loading it."""
 
