@@ -28,7 +28,7 @@ from graphopt.engine.findings import (
 )
 from graphopt.engine.gather import REASONS_KEPT, Gathering, gather
 from graphopt.engine.improve import FusedStage, Waiting
-from graphopt.engine.live import LiveModel
+from graphopt.engine.live import LiveModel, MovedOnError
 from graphopt.engine.pins import Pins
 from graphopt.engine.supply import Supply
 from graphopt.engine.traffic import hot_shapes, request_seconds
@@ -71,7 +71,7 @@ class Campaign:
         self.is_over = False
         self._restores = restores
         self._means = means
-        self.revision = model.revision
+        self.revision, self._facts = model.at_hand()
         self._course = self._run()
         self._waits_for: Future[Any] | None = None
         self._judged: Any = None  # key of the plan that the switch judges for this campaign
@@ -98,6 +98,9 @@ class Campaign:
                 asked = self._resume(value)
             except StopIteration:
                 self.is_over, self.wanted = True, frozenset()
+                return None
+            except MovedOnError:
+                self.close()
                 return None
             except Exception:  # told by whoever runs the step; nobody must wait for the rest
                 self.close()
@@ -133,10 +136,12 @@ class Campaign:
     # -- the course
 
     def _run(self) -> Waiting:
-        link, facts = self._means.link, self.model.facts
+        link, facts = self._means.link, self._facts
         has_runtimes = link is not None and bool(self._means.supply.versions())
         # First, because it needs no builder: a restart is back on its plan before that has started
-        recalled = has_runtimes and not self.model.arrangement.overlays and self._recall(facts)
+        recalled = False
+        if has_runtimes and not self.model.arrangement_of(facts).overlays:
+            recalled = self._recall(facts)
         if self._may_prepare("fused"):
             yield from self._means.fused.course(self.model)
         if link is None or not has_runtimes:
@@ -162,7 +167,7 @@ class Campaign:
             return
         is_blind = bool(facts.graph.symbols) and not self.model.requests()
         for plan in self._in_order(proposal["plans"]):
-            if is_blind and self.model.arrangement.overlays:
+            if is_blind and self.model.arrangement_of(facts).overlays:
                 break  # in what shapes to compare the others, only requests can tell
             if self._is_open(plan, facts):
                 yield from self._pursue(plan, facts)
@@ -180,7 +185,7 @@ class Campaign:
         overlays = overlays_of(facts, keyed, self._means.supply.loaded)
         if not overlays or not self._may_prepare(keyed[0][0].backend):
             return False
-        old = self.model.arrangement
+        old = self.model.arrangement_of(facts)
         new = Arrangement.of(old.base, overlays)
         finding = Finding(label, "chosen", "chosen before for this graph", self.revision)
         finding = with_keys(finding, keyed)
@@ -217,7 +222,7 @@ class Campaign:
             self.findings.note(finding)  # still `building`: the next campaign asks again
             return
         overlays = overlays_of(facts, keyed, self._means.supply.loaded)
-        old = self.model.arrangement
+        old = self.model.arrangement_of(facts)
         new = Arrangement.of(old.base, overlays)
         if new.plan.id == old.plan.id and overlays:
             self.findings.note(with_figures(replace(finding, state="chosen"), before))
@@ -363,11 +368,10 @@ class Campaign:
     def _conclude(self, facts: Facts) -> None:
         """Everything proposed was looked at: what runs is remembered, and what lies under it goes."""
         chosen = self.findings.chosen
-        if chosen is not None and self.model.arrangement.overlays:
-            self._means.supply.remember(
-                self.model.name, facts, chosen.label, self.model.arrangement
-            )
-            self.model.lighten()
+        published = self.model.arrangement_of(facts)
+        if chosen is not None and published.overlays:
+            self._means.supply.remember(self.model.name, facts, chosen.label, published)
+            self.model.lighten(facts)
 
 
 def _runs(keyed: Keyed) -> set[tuple[str, ...]]:

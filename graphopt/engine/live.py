@@ -40,6 +40,10 @@ SWITCH_DWELL_S = 2.0  # a plan stays at least so long: about a hundred requests 
 SUMMARY_EDITS_MAX = 3  # edits that one line of `history` names
 
 
+class MovedOnError(Exception):
+    """A delta made another revision while something was being made for this one."""
+
+
 @dataclass(frozen=True, slots=True)
 class Clocks:
     """Where the engine gets time from: `monotonic_s` measures, `wall_s` labels."""
@@ -113,6 +117,22 @@ class LiveModel:
             for known in reversed(self._known):
                 if known.plan is plan:
                     return known
+
+    def at_hand(self) -> tuple[int, Facts]:
+        """The current revision and its facts, which a delta changes one after the other."""
+        with self._writing:
+            return self.revision, self.facts
+
+    def arrangement_of(self, facts: Facts) -> Arrangement:
+        """What is published for the graph of `facts`.
+
+        Only this one may be given overlays made from those facts: over the base of a later revision
+        they would answer for it with what it was before. MovedOnError when there is a later one.
+        """
+        published = self.arrangement
+        if published.plan.graph is not facts.graph:
+            raise MovedOnError
+        return published
 
     def known(self) -> tuple[Arrangement, ...]:
         """Of the plans that requests may run, or that a rollback would go to."""
@@ -298,11 +318,13 @@ class LiveModel:
             "tiers": plan.tiers(),
         }
 
-    def lighten(self) -> bool:
-        """Lets go of what lies unused under the overlays: the base there falls back to `eager`."""
-        old, none = self.arrangement, frozenset[str]()
-        covered = old.covered()
-        change = Update(self.facts, {}, covered, none, none, none)
+    def lighten(self, facts: Facts) -> bool:
+        """Lets go of what lies unused under the overlays: the base there falls back to `eager`.
+
+        MovedOnError when `facts` are not the current ones.
+        """
+        old, none = self.arrangement_of(facts), frozenset[str]()
+        change = Update(facts, {}, old.covered(), none, none, none)
         base, _ = replan(old.base, change, old.plan.revision, self._eager)
         return self.publish(old, Arrangement.of(base, old.overlays))
 

@@ -43,6 +43,24 @@ class Once:
         return lambda x, *symbols: torch.relu(x)
 
 
+class Scaling(Once):
+    """A chain of relu and one factor, as one call."""
+
+    name = "scaling"
+
+    def unsupported(self, facts: Facts, region: Region) -> dict[str, str]:
+        return {}
+
+    def build(self, facts: Facts, region: Region, options: Options, folder: Path) -> None:
+        nodes = [facts.graph.nodes[id] for id in region.order]
+        factors = [node.args[1] for node in nodes if node.op == "aten.mul.Tensor"]
+        (folder / "chain").write_text(str(factors[0] if factors else 1.0))
+
+    def function(self, folder: Path) -> Callable[..., Any]:
+        factor = float((folder / "chain").read_text())
+        return lambda x, *symbols: torch.relu(x) * factor
+
+
 class Slow(Once):
     """Right, and a hundred times slower than anything else."""
 

@@ -14,14 +14,15 @@ import torch
 
 import graphopt
 from graphopt.builder.records import BUSY
-from graphopt.delta import AddNode, Delta, RemoveNode, Rewire, SetOutputs
+from graphopt.delta import AddNode, Delta, RemoveNode, Rewire, SetAttr, SetOutputs
 from graphopt.dims import symbol
 from graphopt.engine.builder_files import ScratchConstants
 from graphopt.engine.builder_link import BuilderLink, BuilderSettings
 from graphopt.engine.engine import Engine
 from graphopt.engine.improve import FusedStage
 from graphopt.engine.shelf import Shelf
-from graphopt.graph import Graph, Ref, Symbol
+from graphopt.engine.supply import Supply
+from graphopt.graph import Graph, Node, Ref, Symbol
 from graphopt.types import TensorType
 from helpers.graphs import Builder, transformer
 
@@ -69,6 +70,14 @@ def chain(length: int = LENGTH) -> Graph:
     type_ = TensorType("f32", (symbol("rows"), 8))
     symbols = [Symbol("rows", 1, 64)]
     return Graph.build("chain", b.nodes, [("x", type_)], [("y", x)], {}, None, symbols)
+
+
+def scaled() -> Graph:
+    """A chain that ends in a factor."""
+    whole = chain()
+    scale = Node("scale", "aten.mul.Tensor", (whole.outputs[0][1], 1.0))
+    nodes = [*whole.nodes.values(), scale]
+    return Graph.build("chain", nodes, whole.inputs, [("y", Ref("scale"))], {}, None, whole.symbols)
 
 
 def ask(engine: Engine, times: int = 1) -> set[str]:
@@ -123,6 +132,33 @@ def test_a_delta_drops_what_it_touches_and_the_rest_comes_back(start: Start):
     assert engine.settle(SETTLED_S)
     assert tiers(engine) == first
     ask(engine, 3)
+
+
+@pytest.mark.parametrize("step", ["take", "fetch"], ids=["built", "loaded from disk"])
+def test_a_delta_while_artifacts_are_loaded_never_gets_those_of_the_revision_before(
+    start: Start, said: Said, monkeypatch: pytest.MonkeyPatch, step: str
+):
+    engine = start("Scaling", graph=scaled(), state="state")
+    if step == "fetch":
+        assert engine.settle(SETTLED_S)
+        engine.close()
+        engine = start("Scaling", state="state")
+    load, deltas = getattr(Supply, step), [Delta([SetAttr("scale", "other", 2.0)])]
+
+    def load_and_edit(*args: Any) -> Any:
+        found = load(*args)
+        if deltas and (step == "take" or found):
+            engine.apply(deltas.pop())  # as if it came in the same moment
+        return found
+
+    monkeypatch.setattr(Supply, step, load_and_edit)
+    x = torch.randn(4, 8)
+    while deltas:
+        engine.run({"x": x})
+    assert engine.settle(SETTLED_S)
+    assert tiers(engine) == {"scaling": 1}
+    torch.testing.assert_close(engine.run({"x": x}).outputs["y"], torch.relu(x) * 2, rtol=0, atol=0)
+    assert {fields["revision"] for fields in of(said, "plan.published")} >= {2}
 
 
 def test_an_op_the_runtime_lacks_is_left_to_the_live_path(start: Start):
