@@ -6,6 +6,7 @@ traffic has other hot shapes, and when a pin ends.
 """
 
 import itertools
+import math
 import shutil
 import tempfile
 import threading
@@ -33,6 +34,9 @@ from graphopt.executor.threads import BackgroundThread
 
 TICK_S = 2.0  # between looks at what nobody tells: traffic, pins, plans under watch
 TRIAL_S = 0.02  # between looks at a trial
+# Deltas closer together than this are a burst, within which no campaign would live to its end: one
+# begins when none came for CALM_S, or PATIENCE_S after the last one. A lone delta's begins at once.
+BURST_S, CALM_S, PATIENCE_S = 0.5, 0.1, 2.0
 IDLE_TRIAL_S = 0.25  # at a stretch on captured inputs: other models wait meanwhile
 _EVENTS = {
     "published": "plan.published", "refused": "plan.declined", "confirmed": "plan.confirmed",
@@ -53,6 +57,10 @@ class _Course:
     pinned_until_s: float | None = None
     is_stale: bool = False  # the campaign is to start anew
     is_begun: bool = False  # it had a campaign in this process
+    edited_s: float = -math.inf  # when the last delta came
+    calm_s: float = -math.inf  # when its burst is over, if no other delta comes
+    waits_since_s: float = -math.inf  # for calm
+    is_waiting: bool = False  # a look at whether it is calm is due
 
 
 class BetterPath:
@@ -83,6 +91,7 @@ class BetterPath:
         self._courses: dict[str, _Course] = {}
         self._changed = threading.Condition()
         self._looks = itertools.count()
+        self._now_s = clocks.monotonic_s
         self._is_closed = False
         self._scratch = Path(tempfile.mkdtemp(prefix="graphopt-"))
         home = folder if folder is not None else self._scratch
@@ -122,6 +131,15 @@ class BetterPath:
             model.attend = model.slot.wake
         if self.link is not None:
             self.link.revise(model.name, model.revision, model.graph, expansion)
+        now_s = self._now_s()
+        is_burst = now_s - course.edited_s < BURST_S
+        course.edited_s = now_s
+        if not is_burst:
+            course.waits_since_s = now_s
+        else:
+            course.calm_s = min(now_s + CALM_S, course.waits_since_s + PATIENCE_S)
+            if course.is_waiting:
+                return
         self._wake(course)
 
     def forget(self, name: str) -> None:
@@ -225,15 +243,26 @@ class BetterPath:
     def _wake(self, course: _Course) -> None:
         self._background.submit(f"campaign {course.model.name}", lambda: self._advance(course))
 
+    def _wake_after(self, course: _Course, delay_s: float) -> None:
+        key = f"campaign {course.model.name}"
+        self._background.submit_after(delay_s, key, lambda: self._advance(course))
+
     def _wake_switch(self, course: _Course) -> None:
         self._background.submit(f"attend {course.model.name}", lambda: self._attend(course))
 
     def _advance(self, course: _Course) -> None:
         model, campaign = course.model, course.campaign
+        course.is_waiting = False  # first: a delta that saw it set is older than what is read below
         if self._courses.get(model.name) is not course:
             return
         if campaign is None or (campaign.is_over and campaign.revision != model.revision):
             self._obey(course)
+            now_s = self._now_s()
+            if now_s < course.calm_s:
+                course.is_waiting = True
+                self._wake_after(course, course.calm_s - now_s)
+                return
+            course.waits_since_s = now_s
             restores = not course.is_begun and self.pins.is_inherited(model.name)
             campaign = Campaign(model, self._means, course.findings, restores=restores)
             course.campaign, course.is_begun = campaign, True
@@ -244,8 +273,7 @@ class BetterPath:
         elif campaign.is_over and _are_others(hot_shapes(model.slot), course.shapes):
             self._renew(course)  # they became hot under way
         if delay_s is not None and delay_s > 0.0:
-            key = f"campaign {model.name}"
-            self._background.submit_after(delay_s, key, lambda: self._advance(course))
+            self._wake_after(course, delay_s)
         elif delay_s is not None:
             self._wake(course)
         self._notify()

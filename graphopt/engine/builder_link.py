@@ -119,7 +119,8 @@ class BuilderLink:
         Costs a microsecond: right for the live path.
         """
         self._state.revise(model, revision, graph, expansion)
-        self._ring()
+        if len(self._jobs):  # with no job the builder need not know yet
+            self._ring()
 
     def forget(self, model: str) -> None:
         """The model is unloaded: its jobs are answered `cancelled`."""

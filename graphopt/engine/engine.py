@@ -1,7 +1,6 @@
 """The engine as a library: one graph, live in this process."""
 
 import os
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +16,7 @@ from graphopt.engine.files import FolderResources
 from graphopt.engine.host import Host
 from graphopt.engine.records import Applied, DryRun, EngineSettings, Result, RevisionInfo
 from graphopt.errors import DocumentError, ModelNotFoundError
+from graphopt.executor.seats import Seats
 from graphopt.graph import Graph
 from graphopt.signature import Signature, signature_of
 
@@ -40,7 +40,7 @@ class Engine:
     ) -> None:
         self.host = Host(settings, state_dir)
         self._intra_op = self.host.settings.intra_op
-        self._seats = threading.BoundedSemaphore(self.host.settings.threads)
+        self._seats = Seats(self.host.settings.threads)
         self._signature: tuple[Graph | None, Signature | None] = (None, None)
         try:
             loaded = self.host.models()
@@ -78,7 +78,9 @@ class Engine:
 
         Raises RequestError when they do not fit.
         """
-        with self._seats:
+        seats = self._seats
+        seats.take()
+        try:
             intra_op, own = self._intra_op, torch.get_num_threads()
             if own == intra_op:
                 return self.model.run(inputs)
@@ -87,6 +89,8 @@ class Engine:
                 return self.model.run(inputs)
             finally:
                 torch.set_num_threads(own)
+        finally:
+            seats.give()
 
     def apply(self, delta: DeltaLike) -> Applied:
         """Applies a delta: a `Delta`, a mapping, or the path of a YAML or JSON file.
