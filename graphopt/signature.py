@@ -17,6 +17,7 @@ were Python constants at import.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from graphopt.errors import RequestError, nearest
@@ -39,12 +40,17 @@ class Fields(dict[str, Any]):
         return list(self.values())[key] if isinstance(key, int) else super().__getitem__(key)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Signature:
     """The names of a graph's inputs and outputs, in order, and the convention they spell."""
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether each argument takes one tensor."""
+        return not any("." in name for name in self.inputs)
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The flat inputs by name for `engine(*args, **kwargs)`; RequestError when they do not fit."""

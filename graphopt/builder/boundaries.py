@@ -18,7 +18,7 @@ import torch
 
 from graphopt.builder.models import Version
 from graphopt.errors import BundleError, RequestError
-from graphopt.executor.plan import Plan, Step, bind_inputs, run_steps
+from graphopt.executor.plan import Plan, Step, run_steps
 from graphopt.executor.samples import Sample, sample_inputs
 from graphopt.safetensors_file import read_tensors
 
@@ -76,7 +76,7 @@ class Boundaries:
         requests = [request for path in files if (request := self._read(path)) is not None]
         for request in requests:
             try:
-                env, symbols = bind_inputs(version.plan, request.inputs)
+                env, symbols = version.plan.bind(request.inputs)
             except RequestError:
                 continue  # the interface has changed since that request
             if all(symbols.get(name) == size for name, size in sizes.items()):
@@ -86,7 +86,7 @@ class Boundaries:
         if found:
             return found, False
         inputs = sample_inputs(version.facts, sizes)
-        env, symbols = bind_inputs(version.plan, inputs)
+        env, symbols = version.plan.bind(inputs)
         return [self._sample(version.plan, block, reads, _digest(inputs), env, symbols)], True
 
     def _sample(

@@ -43,7 +43,7 @@ from graphopt.engine.builder_jobs import (
     Pending,
     build_message,
 )
-from graphopt.engine.builder_process import BuilderProcess, private_bytes
+from graphopt.engine.builder_process import BuilderProcess, exit_name, private_bytes
 from graphopt.engine.builder_quarantine import Quarantine, Quarantined, last_words
 from graphopt.engine.builder_state import BuilderState
 from graphopt.engine.builder_watch import TICK_S, BuilderWatch
@@ -419,7 +419,7 @@ class BuilderLink:
             job.clear_folder()
         number = -code if code < 0 else 0
         is_ours = why != "ended by itself"
-        reason = why if is_ours else f"it ended with {_name(code)}"
+        reason = why if is_ours else f"it ended with {exit_name(code)}"
         if why in ("job", "silence", "start"):
             what = "no sign of life" if why == "silence" else "no result"
             reason = f"{what} in {bound_s:g} s"
@@ -491,11 +491,3 @@ class BuilderLink:
                 policy=self._watch.policy if process and self._watch else None,
                 quarantined=len(self._quarantine.entries()) if self._quarantine else 0,
             )  # fmt: skip
-
-
-def _name(code: int) -> str:
-    if code >= 0:
-        return f"exit code {code}"
-    with suppress(ValueError):
-        return signal.Signals(-code).name
-    return f"signal {-code}"

@@ -138,3 +138,12 @@ def private_bytes(pid: int) -> int | None:
     except OSError:
         pass
     return None
+
+
+def exit_name(code: int) -> str:
+    """How a process ended, for people: a signal by name where `code` is negative."""
+    if code >= 0:
+        return f"exit code {code}"
+    with suppress(ValueError):
+        return signal.Signals(-code).name
+    return f"signal {-code}"

@@ -38,8 +38,6 @@ from graphopt.executor.plan import run_plan
 from graphopt.executor.switch import Outcome
 
 RETRY_S = 0.1  # until a switch that is not ready is asked again
-TRIAL_MAX_S = 4.0  # of a trial without traffic; a pair takes four requests
-PAIRS_MIN = 12  # with fewer only a difference of 2x could be told
 COVERED_MIN = (
     0.5  # of the nodes that a plan wants on a runtime: with fewer built it is another plan
 )
@@ -269,7 +267,7 @@ class Campaign:
         model.introduce(new)
         waited_s = 0.0
         while why := switch.consider(
-            new.plan, key, expected=old.plan, is_known=is_known, pairs_max=self._pairs_max(),
+            new.plan, key, expected=old.plan, is_known=is_known, latency_s=self._latency_s(),
         ):  # fmt: skip
             is_away = switch.is_away(key)
             state: State = "no gain" if is_away else "on trial"
@@ -336,11 +334,6 @@ class Campaign:
             with suppress(Exception):  # a made-up input may be one that the model cannot take
                 found = self.model.time_once(self.model.inputs_to_try()[0])
         return found
-
-    def _pairs_max(self) -> int:
-        """As many pairs as fit into the time that a trial may take on captured inputs alone."""
-        latency_s = self._latency_s() or 0.0
-        return max(PAIRS_MIN, int(TRIAL_MAX_S / (4 * max(latency_s, 1e-6))))
 
     def _warm(self, arrangement: Arrangement) -> tuple[int, str]:
         """Runs a plan once before any request does: first calls allocate, and page weights in.

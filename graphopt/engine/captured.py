@@ -12,7 +12,7 @@ import torch
 
 from graphopt.errors import RequestError
 from graphopt.executor.latency import Bucket
-from graphopt.executor.plan import Plan, bind_inputs
+from graphopt.executor.plan import Plan
 
 RECENT_KEPT = 4  # requests between two looks of the background; each may hold megabytes
 BUCKETS_KEPT = 8
@@ -44,7 +44,7 @@ class Captured:
         self._by_bucket.clear()
         for inputs in (*kept, *fresh):
             try:
-                _, symbols = bind_inputs(plan, inputs)
+                _, symbols = plan.bind(inputs)
             except RequestError:  # the interface has changed since that request
                 continue
             self._keep(tuple(symbols.values()), inputs)

@@ -16,6 +16,7 @@ from graphopt.engine.files import FolderResources
 from graphopt.engine.host import Host
 from graphopt.engine.records import Applied, DryRun, EngineSettings, Result, RevisionInfo
 from graphopt.errors import DocumentError, ModelNotFoundError
+from graphopt.executor.publish import Answer
 from graphopt.executor.seats import Seats
 from graphopt.graph import Graph
 from graphopt.signature import Signature, signature_of
@@ -40,7 +41,7 @@ class Engine:
     ) -> None:
         self.host = Host(settings, state_dir)
         self._intra_op = self.host.settings.intra_op
-        self._seats = Seats(self.host.settings.threads)
+        self._seats = Seats(self.host.settings.threads, self.host.clocks.monotonic_s)
         self._signature: tuple[Graph | None, Signature | None] = (None, None)
         try:
             loaded = self.host.models()
@@ -71,22 +72,30 @@ class Engine:
         if graph is not self.model.graph or signature is None:
             signature = signature_of(self.model.graph)
             self._signature = (self.model.graph, signature)
-        return signature.rebuild(self.run(signature.bind(args, kwargs)).outputs)
+        if kwargs or not signature.is_plain or len(args) != len(signature.inputs):
+            inputs = signature.bind(args, kwargs)
+        else:  # the common call
+            inputs = dict(zip(signature.inputs, args, strict=True))
+        return signature.rebuild(self._answer(inputs)[0])
 
     def run(self, inputs: Mapping[str, torch.Tensor]) -> Result:
         """Runs the model on inputs by name, in this thread, as a call does.
 
         Raises RequestError when they do not fit.
         """
+        outputs, plan = self._answer(inputs)
+        return Result(outputs, plan.revision, plan.id)
+
+    def _answer(self, inputs: Mapping[str, torch.Tensor]) -> Answer:
         seats = self._seats
         seats.take()
         try:
             intra_op, own = self._intra_op, torch.get_num_threads()
             if own == intra_op:
-                return self.model.run(inputs)
+                return self.model.answer(inputs)
             torch.set_num_threads(intra_op)
             try:
-                return self.model.run(inputs)
+                return self.model.answer(inputs)
             finally:
                 torch.set_num_threads(own)
         finally:

@@ -42,7 +42,7 @@ class Host:
         clocks: Clocks = SYSTEM_CLOCKS,
     ) -> None:
         self.settings = settings or EngineSettings()
-        self._clocks = clocks
+        self.clocks = clocks
         self._eager = EagerBuilder()
         self._shelf = Shelf()
         self._models: dict[str, LiveModel] = {}
@@ -146,12 +146,12 @@ class Host:
 
         `better.status()` then says whether the builder is starved.
         """
-        start_s = self._clocks.monotonic_s()
+        start_s = self.clocks.monotonic_s()
         if not self.better.wait_settled(timeout_s):
             return False
         left_s = None
         if timeout_s is not None:
-            left_s = max(0.0, timeout_s - (self._clocks.monotonic_s() - start_s))
+            left_s = max(0.0, timeout_s - (self.clocks.monotonic_s() - start_s))
         return self._background.wait_idle(left_s)
 
     def reach_background(self) -> "Future[None]":
@@ -180,7 +180,7 @@ class Host:
             self.folder.close()
 
     def _begin(self, graph: Graph, kind: str) -> Recovered:
-        line = RevisionInfo(1, kind, "", None, graph.hash, self._clocks.wall_s())
+        line = RevisionInfo(1, kind, "", None, graph.hash, self.clocks.wall_s())
         return Recovered(OrderedDict({1: graph}), [line])
 
     def _make(self, name: str, recovered: Recovered) -> LiveModel:
@@ -191,7 +191,7 @@ class Host:
             self._eager,
             self._shelf,
             self.settings,
-            self._clocks,
+            self.clocks,
             ledger,
             self._schedule,
         )

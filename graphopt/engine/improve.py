@@ -18,7 +18,7 @@ from graphopt.engine.live import LiveModel
 from graphopt.engine.shelf import Candidate, Key, Shelf
 from graphopt.executor.build import weight_key
 from graphopt.executor.fused import FusedBuilder
-from graphopt.executor.plan import Plan, Step, bind_inputs, run_steps
+from graphopt.executor.plan import Plan, Step, run_steps
 from graphopt.executor.runs import eager_run, run_of, run_region
 from graphopt.executor.samples import Sample, sample_inputs
 from graphopt.executor.verify import verify_step
@@ -158,8 +158,8 @@ def _samples(
 
 def _bind(model: LiveModel, plan: Plan, facts: Facts) -> tuple[dict[str, object], dict[str, int]]:
     for kept in model.captured.collect(plan).values():
-        return bind_inputs(plan, kept[-1])
-    return bind_inputs(plan, sample_inputs(facts))
+        return plan.bind(kept[-1])
+    return plan.bind(sample_inputs(facts))
 
 
 def _key(facts: Facts, run: Run) -> Key:

@@ -29,7 +29,7 @@ from graphopt.executor.arrangement import Arrangement
 from graphopt.executor.build import EagerBuilder, bind_run, build_plan, replan, weight_key
 from graphopt.executor.guard import Hysteresis
 from graphopt.executor.plan import Plan, Step, run_plan
-from graphopt.executor.publish import Slot
+from graphopt.executor.publish import Answer, Slot
 from graphopt.executor.runs import run_of, run_region
 from graphopt.executor.samples import sample_inputs
 from graphopt.executor.switch import Switch
@@ -95,9 +95,14 @@ class LiveModel:
 
         RequestError when the inputs do not fit.
         """
-        outputs, plan = self.slot.run(inputs)
-        self.captured.add(inputs)
+        outputs, plan = self.answer(inputs)
         return Result(outputs, plan.revision, plan.id)
+
+    def answer(self, inputs: Mapping[str, torch.Tensor]) -> Answer:
+        """What `run` does, as the slot answers it."""
+        answer = self.slot.run(inputs)
+        self.captured.add(inputs)
+        return answer
 
     @property
     def graph(self) -> Graph:

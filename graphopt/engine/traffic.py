@@ -2,21 +2,21 @@
 
 from dataclasses import dataclass
 
-from graphopt.executor.plan import bucket_symbols
+from graphopt.executor.binding import bucket_symbols
 from graphopt.executor.publish import Slot
 
 HOT_MAX = 4  # shapes with artifacts of their own: each costs a build and packed weights
 HOT_REQUESTS_MIN = 16
-HOT_SHARE_MIN = 0.1  # of the requests remembered
+HOT_SHARE_MIN = 0.1  # of the time that the requests took: a batch of eight counts for eight
 
 
 @dataclass(frozen=True, slots=True)
 class HotShapes:
-    """The shapes that most requests have.
+    """The shapes that most of the time goes to.
 
     Attributes:
         buckets: sizes of the dynamic dims by name, hottest first; empty for a model without any.
-        share: of the requests that have one of these shapes.
+        share: of the time that goes to requests of one of these shapes.
     """
 
     buckets: tuple[dict[str, int], ...] = ()
@@ -25,18 +25,16 @@ class HotShapes:
 
 def hot_shapes(slot: Slot) -> HotShapes:
     """What the recorded requests say."""
-    names = bucket_symbols(slot.plan)
-    counts = {
-        bucket: n for bucket, n in slot.latencies.traffic().items() if len(bucket) == len(names)
-    }
-    total = sum(counts.values())
+    names = bucket_symbols(slot.plan.graph.inputs)
+    found = {b: t for b, t in slot.latencies.traffic().items() if len(b) == len(names)}
+    total_s = sum(each.busy_s for each in found.values())
     hot = [
         bucket
-        for bucket, n in sorted(counts.items(), key=lambda item: -item[1])
-        if names and n >= HOT_REQUESTS_MIN and n >= HOT_SHARE_MIN * total
+        for bucket, each in sorted(found.items(), key=lambda item: -item[1].busy_s)
+        if names and each.requests >= HOT_REQUESTS_MIN and each.busy_s >= HOT_SHARE_MIN * total_s
     ]
     hot = hot[:HOT_MAX]
-    share = sum(counts[bucket] for bucket in hot) / total if total else 0.0
+    share = sum(found[bucket].busy_s for bucket in hot) / total_s if total_s else 0.0
     return HotShapes(tuple(dict(zip(names, bucket, strict=True)) for bucket in hot), share)
 
 

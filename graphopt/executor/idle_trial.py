@@ -15,8 +15,8 @@ from typing import Protocol
 import torch
 
 from graphopt.executor.latency import Bucket
-from graphopt.executor.plan import Plan, bind_inputs, run_steps
-from graphopt.executor.trial import BLOCK, Trial, TrialResult
+from graphopt.executor.plan import Plan, run_steps
+from graphopt.executor.trial import Trial, TrialResult
 
 DIFFERENCE_MAX = 1e-3  # of an output's scale; whole plans in float32 differ by some 1e-5
 
@@ -54,7 +54,7 @@ class IdleTrial:
         self._inputs: dict[Bucket, list[Inputs]] = {}
         for captured in inputs:
             try:
-                _, symbols = bind_inputs(current, captured)
+                _, symbols = current.bind(captured)
             except Exception:  # the interface has changed since it was captured
                 continue
             self._inputs.setdefault(tuple(symbols.values()), []).append(captured)
@@ -81,9 +81,10 @@ class IdleTrial:
         took_s = {False: 0.0, True: 0.0}
         answers: dict[bool, dict[str, torch.Tensor]] = {}
         begun = self._traffic.mark()
-        first = self._trial.is_candidate(self._turn * 2 * BLOCK)
+        block = self._trial.settings.block
+        first = self._trial.is_candidate(self._turn * 2 * block)
         for is_candidate in (first, not first):
-            for _ in range(BLOCK):  # the last counts, as with live requests
+            for _ in range(block):  # the last counts, as with live requests
                 if self._traffic.is_busy() or self._traffic.mark() is not begun:
                     return False
                 try:
@@ -104,7 +105,7 @@ class IdleTrial:
     def _time(self, is_candidate: bool, captured: Inputs) -> tuple[float, dict[str, torch.Tensor]]:
         plan = self._plans[is_candidate]
         with torch._C._InferenceMode(True):
-            env, symbols = bind_inputs(plan, captured)
+            env, symbols = plan.bind(captured)
             start_s = self._now_s()
             run_steps(plan.steps, env, symbols)
             took_s = self._now_s() - start_s

@@ -13,6 +13,7 @@ import math
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 Bucket = tuple[int, ...]
 """The values of a request's symbols in the order its inputs bind them; `()` for a static model."""
@@ -28,7 +29,20 @@ FRESH_MAX = (
 )
 RING_SAMPLES = 512  # of one plan and bucket: enough for a p99, and young enough to follow the host
 RINGS_MAX = 256  # plans times buckets remembered, the least recently used given up first
+# Requests after which all that is known of the traffic counts half: shapes that have gone out of use
+# are forgotten within a few thousand requests.
+TRAFFIC_REQUESTS_MAX = 4096
 MAD_TO_SIGMA = 1.4826  # 1 / the third quartile of the standard normal: the MAD of a normal is sigma
+
+
+class Traffic(NamedTuple):
+    """Requests of one shape and the seconds they took, those of long ago for less."""
+
+    requests: float
+    busy_s: float
+
+
+NO_TRAFFIC = Traffic(0.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +87,8 @@ class Latencies:
         self._fresh: deque[Noted] = deque(maxlen=FRESH_MAX)
         self.add = self._fresh.append
         self._rings: OrderedDict[tuple[str, Bucket], _Ring] = OrderedDict()
+        self._traffic: dict[Bucket, Traffic] = {}
+        self._n_traffic = 0.0
 
     def newest(self) -> Noted | None:
         """The youngest sample that was not drained yet; another object after another request."""
@@ -112,12 +128,9 @@ class Latencies:
             if known == plan_id
         }
 
-    def traffic(self) -> dict[Bucket, int]:
-        """Requests by bucket over all plans that are remembered."""
-        counts: dict[Bucket, int] = {}
-        for (_, bucket), ring in self._rings.items():
-            counts[bucket] = counts.get(bucket, 0) + ring.requests
-        return counts
+    def traffic(self) -> dict[Bucket, Traffic]:
+        """What recent requests had which shape, whatever plan ran them; old ones count less."""
+        return dict(self._traffic)
 
     def forget(self, plan_id: str) -> None:
         """Drops what is known of a plan, as when it is published again after another host state."""
@@ -135,6 +148,13 @@ class Latencies:
             self._rings.move_to_end((plan_id, bucket))
         ring.latencies.append(latency_s)
         ring.requests += 1
+        requests, busy_s = self._traffic.get(bucket, NO_TRAFFIC)
+        self._traffic[bucket] = Traffic(requests + 1, busy_s + latency_s)
+        self._n_traffic += 1
+        if self._n_traffic > TRAFFIC_REQUESTS_MAX:
+            halves = ((b, Traffic(n / 2, s / 2)) for b, (n, s) in self._traffic.items())
+            self._traffic = {bucket: half for bucket, half in halves if half.requests >= 1}
+            self._n_traffic = sum(half.requests for half in self._traffic.values())
 
 
 def describe(latencies: Sequence[float], requests: int | None = None) -> Statistics:

@@ -12,11 +12,8 @@ from typing import Any
 
 import torch
 
-from graphopt.constants import SHORT_DTYPES, TORCH_DTYPES
-from graphopt.dims import evaluate, symbols_of
-from graphopt.errors import RequestError, nearest
-from graphopt.graph import Graph, Ref, Symbol
-from graphopt.types import TensorType
+from graphopt.executor.binding import binder_of
+from graphopt.graph import Graph, Ref
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,31 +41,22 @@ class Step:
     options: str = ""  # how the tier runs it, for people; part of the plan's id
 
 
-@dataclass(frozen=True, slots=True)
-class InputSpec:
-    """What a request must bring for one input; dims are ints or symbol expressions."""
-
-    name: str
-    type: TensorType
-    dtype: torch.dtype
-
-
 class Plan:
     """The steps for one revision of one graph.
 
-    `id` names revision and steps: equal ids compute the same function the same way.
+    `id` names revision and steps: equal ids compute the same function the same way. `bind` checks the
+    inputs of a request (see `binding`).
     """
 
     __slots__ = (
         "__weakref__",
+        "bind",
         "digest",
         "graph",
         "id",
-        "inputs",
         "outputs",
         "revision",
         "steps",
-        "symbols",
     )
 
     def __init__(self, graph: Graph, revision: int, steps: tuple[Step, ...], digest: int) -> None:
@@ -77,11 +65,8 @@ class Plan:
         self.steps = steps
         self.digest = digest
         self.id = f"r{revision}-{digest % (1 << 48):012x}"
-        self.inputs = tuple(
-            InputSpec(name, type_, TORCH_DTYPES[type_.dtype]) for name, type_ in graph.inputs
-        )
+        self.bind = binder_of(graph.inputs, graph.symbols)
         self.outputs = tuple((name, value_key(ref)) for name, ref in graph.outputs)
-        self.symbols = graph.symbols
 
     def __repr__(self) -> str:
         return f"<Plan {self.id}: {len(self.steps)} steps>"
@@ -92,16 +77,6 @@ class Plan:
         for step in self.steps:
             counts[step.tier] = counts.get(step.tier, 0) + 1
         return counts
-
-
-def bucket_symbols(plan: Plan) -> tuple[str, ...]:
-    """The dynamic dims in the order in which `bind_inputs` meets them: the order of a shape bucket."""
-    found: dict[str, None] = {}
-    for spec in plan.inputs:
-        for dim in spec.type.shape:
-            if dim.__class__ is not int and symbols_of(dim) == {str(dim)}:
-                found[str(dim)] = None
-    return tuple(found)
 
 
 def value_key(ref: Ref) -> str:
@@ -120,7 +95,7 @@ def run_plan(plan: Plan, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.
 
     Raises RequestError when the inputs are not what the graph declares.
     """
-    env, symbols = bind_inputs(plan, inputs)
+    env, symbols = plan.bind(inputs)
     run_steps(plan.steps, env, symbols)
     return {name: env[key] for name, key in plan.outputs}
 
@@ -140,75 +115,3 @@ def run_steps(steps: tuple[Step, ...], env: dict[str, Any], symbols: Mapping[str
             env[writes[0]] = out
         else:
             env.update(zip(writes, out, strict=True))
-
-
-def bind_inputs(
-    plan: Plan, inputs: Mapping[str, torch.Tensor]
-) -> tuple[dict[str, Any], dict[str, int]]:
-    """The environment and the symbol values of a request; RequestError names input, dim and remedy."""
-    env: dict[str, Any] = {}
-    symbols: dict[str, int] = {}
-    for spec in plan.inputs:
-        tensor = inputs.get(spec.name)
-        if tensor is None:
-            wanted = ", ".join(other.name for other in plan.inputs)
-            raise RequestError(
-                f"input {spec.name!r} is missing",
-                where=spec.name,
-                remedy=f"the model takes {wanted}",
-            )
-        shape = tensor.shape
-        if tensor.dtype is not spec.dtype or len(shape) != len(spec.type.shape):
-            raise _mismatch(spec, tensor)
-        for dim, size in zip(spec.type.shape, shape, strict=True):
-            if dim.__class__ is int:
-                if dim != size:
-                    raise _mismatch(spec, tensor)
-            else:
-                _bind_dim(spec, tensor, dim, size, symbols)
-        env[spec.name] = tensor
-    if len(inputs) != len(plan.inputs):
-        extra = next(name for name in inputs if all(name != spec.name for spec in plan.inputs))
-        remedy = nearest(extra, [spec.name for spec in plan.inputs])
-        raise RequestError(
-            f"the model has no input {extra!r}", where=extra, remedy=remedy or "leave it out"
-        )
-    for symbol in plan.symbols:
-        _check_range(symbol, symbols)
-    return env, symbols
-
-
-def _bind_dim(
-    spec: InputSpec, tensor: torch.Tensor, dim: Any, size: int, symbols: dict[str, int]
-) -> None:
-    name = str(dim)
-    known = symbols.get(name)
-    if known is None and symbols_of(dim) == {name}:
-        symbols[name] = size
-    elif (known if known is not None else evaluate(dim, symbols)) != size:
-        wanted = known if known is not None else evaluate(dim, symbols)
-        raise RequestError(
-            f"dim {name} is {size} in {spec.name}, {wanted} elsewhere",
-            where=spec.name,
-            remedy="make the inputs agree",
-        )
-
-
-def _check_range(symbol: Symbol, symbols: Mapping[str, int]) -> None:
-    size = symbols.get(symbol.name, symbol.min)
-    if size < symbol.min or (symbol.max is not None and size > symbol.max):
-        upper = symbol.max if symbol.max is not None else "any size"
-        raise RequestError(
-            f"{symbol.name} is {size}, the model takes {symbol.min} to {upper}",
-            where=symbol.name,
-            remedy="cut or pad the input",
-        )
-
-
-def _mismatch(spec: InputSpec, tensor: torch.Tensor) -> RequestError:
-    got = f"{SHORT_DTYPES.get(tensor.dtype, tensor.dtype)}[{', '.join(map(str, tensor.shape))}]"
-    return RequestError(
-        f"input {spec.name} is {got}, the model takes {spec.type}",
-        where=spec.name,
-        remedy="convert or reshape it",
-    )

@@ -27,7 +27,7 @@ from weakref import WeakSet
 import torch
 
 from graphopt.executor.latency import Latencies
-from graphopt.executor.plan import Plan, bind_inputs, run_steps
+from graphopt.executor.plan import Plan, run_steps
 from graphopt.executor.trial import Trial
 from graphopt.limits import PLANS_RETIRED_MAX
 
@@ -120,7 +120,7 @@ class Slot:
                 if route is not None:
                     return self._run_routed(route, inputs)
                 plan = self.plan
-                env, symbols = bind_inputs(plan, inputs)
+                env, symbols = plan.bind(inputs)
                 now_s = self._now_s
                 start_s = now_s()
                 try:
@@ -252,7 +252,7 @@ class Slot:
 
     def _run_routed(self, route: _Route, inputs: Mapping[str, torch.Tensor]) -> Answer:
         plan, other, trial, position = route.current, self.last_good, route.trial, -1
-        env, symbols = bind_inputs(plan, inputs)
+        env, symbols = plan.bind(inputs)
         bucket = tuple(symbols.values())
         if trial is not None and route.candidate is not None:
             position = trial.take(bucket)
@@ -294,7 +294,7 @@ class Slot:
         """
         if other is plan or other.revision != plan.revision:
             raise error
-        env, symbols = bind_inputs(other, inputs)
+        env, symbols = other.bind(inputs)
         try:
             run_steps(other.steps, env, symbols)
         except Exception:

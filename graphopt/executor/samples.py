@@ -14,7 +14,7 @@ import torch
 from graphopt.analysis.facts import Facts
 from graphopt.constants import TORCH_DTYPES
 from graphopt.dims import evaluate
-from graphopt.executor.plan import Plan, Step, bind_inputs, run_steps
+from graphopt.executor.plan import Plan, Step, run_steps
 from graphopt.graph import Const, Graph, Node, Ref
 from graphopt.types import TensorType
 
@@ -62,7 +62,7 @@ def capture_boundaries(
     `steps` are eager steps for the whole of `plan`'s graph in order; all of them run.
     RequestError when `inputs` do not fit the plan.
     """
-    env, symbols = bind_inputs(plan, inputs)
+    env, symbols = plan.bind(inputs)
     found: dict[str, Sample] = {}
     with torch.no_grad():
         for step in steps:

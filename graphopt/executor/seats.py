@@ -7,7 +7,6 @@ modes of Go's `sync.Mutex`, issue 13086 of that language).
 """
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 
@@ -34,7 +33,7 @@ class Seats:
 
     __slots__ = ("_free", "_lock", "_now_s", "_waiting")
 
-    def __init__(self, count: int, monotonic_s: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, count: int, monotonic_s: Callable[[], float]) -> None:
         self._free: deque[None] = deque([None] * count)
         self._waiting: deque[_Waiter] = deque()
         self._lock = threading.Lock()

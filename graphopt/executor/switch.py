@@ -17,7 +17,7 @@ time to time while `phase` is not idle.
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from graphopt.executor.guard import Alarm, Baseline, Guard, Hysteresis, baseline_of
@@ -120,7 +120,7 @@ class Switch:
         expected: Plan,
         is_known: bool = False,
         weights: Mapping[Bucket, float] | None = None,
-        pairs_max: int | None = None,
+        latency_s: float | None = None,
     ) -> str:
         """Begins the trial of a verified candidate against the published plan `expected`.
 
@@ -130,7 +130,7 @@ class Switch:
             expected: the plan it was derived from.
             is_known: its cost was measured on this host and is lower: it is published and watched.
             weights: traffic by bucket; by default what the trial sees.
-            pairs_max: of this trial, where requests take long; by default that of the settings.
+            latency_s: what a request takes now, for a trial of fitting length.
 
         Returns an empty string when that was done, otherwise why not now. The next `step` tells of a
         publication.
@@ -154,8 +154,8 @@ class Switch:
             self._watch(None)
             return ""
         settings = self._settings
-        if pairs_max is not None:
-            settings = replace(settings, pairs_max=min(pairs_max, settings.pairs_max))
+        if latency_s is not None:
+            settings = settings.for_requests_of(latency_s)
         trial = Trial(expected.id, candidate.id, settings, weights)
         if not self._slot.begin_trial(trial, candidate, expected):
             self._clear()

@@ -2,9 +2,10 @@
 the answer is sure.
 
 Requests of one shape bucket are dealt to the two plans in blocks, ABBA or BAAB by a seeded coin, so
-that drift of the host and cycles of the traffic fall on both alike. A block is two requests and only
-the second is measured: after the other plan the first one finds caches and spinning thread pools of
-that plan (an eager step beside a spinning runtime was measured at 13.1 ms where it takes 7.9). The
+that drift of the host and cycles of the traffic fall on both alike. A block is two requests, more of a
+quick model, and only the last is measured: after the other plan the first one finds caches and
+spinning thread pools of that plan (an eager step beside a spinning runtime was measured at 13.1 ms
+where it takes 7.9; an MLP on two threads at 58 us where it takes 45 in a row). The
 measured requests of two neighbouring blocks make a pair; `signed_rank` judges the log ratios of the
 pairs, bucket by bucket, weighted by traffic. A big difference ends the trial after 7 pairs; without
 one it ends at `pairs_max` with the answer that nothing is gained.
@@ -19,7 +20,7 @@ import random
 import threading
 from collections import Counter, deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from graphopt.executor.latency import TICK_S, Bucket, describe, median
@@ -32,7 +33,13 @@ from graphopt.executor.signed_rank import (
     pairs_needed,
 )
 
-BLOCK = 2  # requests in a row on one plan; the last is measured
+BLOCK = 2  # requests in a row on one plan at least; the last is measured
+BLOCK_S, BLOCK_MAX = (
+    5e-4,
+    16,
+)  # or as many as take so long: a few MB of weights are in the caches then
+TRIAL_MAX_S = 4.0  # of a trial without traffic
+PAIRS_MIN = 12  # with fewer only a difference of 2x could be told
 BUCKETS_MAX = 32  # shapes that take part in one trial; a request of another runs the current plan
 LEFT_OUT_MAX = 0.1  # share of the traffic that may be too rare to be judged
 LOSS_MAX = 1.10  # slower than this for any bucket that is judged, and the candidate is no gain
@@ -50,9 +57,10 @@ class TrialSettings:
     Attributes:
         margin: how much faster the candidate must be, with certainty, as a fraction of the time.
         alpha: probability that a bound is wrong at any look of one trial.
-        pairs_max: pairs after which nothing more is asked (4 requests each), at most 128.
+        pairs_max: pairs after which nothing more is asked (two blocks each), at most 128.
         warmup_pairs: first pairs of each bucket that do not count.
         seed: of the dealing.
+        block: requests in a row on one plan.
     """
 
     margin: float = 0.02
@@ -60,6 +68,14 @@ class TrialSettings:
     pairs_max: int = 60
     warmup_pairs: int = 1
     seed: int = 0
+    block: int = BLOCK
+
+    def for_requests_of(self, latency_s: float) -> "TrialSettings":
+        """For a model whose requests take so long now: longer blocks, fewer pairs."""
+        latency_s = max(latency_s, TICK_S)
+        block = min(BLOCK_MAX, max(self.block, math.ceil(BLOCK_S / latency_s)))
+        pairs_max = max(PAIRS_MIN, int(TRIAL_MAX_S / (2 * block * latency_s)))
+        return replace(self, block=block, pairs_max=min(pairs_max, self.pairs_max))
 
 
 ACCEPTANCE = TrialSettings()
@@ -166,7 +182,8 @@ class Trial:
         arms: list[bool] = []
         for _ in range(_COINS):
             first = coin.random() < 0.5
-            arms += [arm for arm in (first, not first, not first, first) for _ in range(BLOCK)]
+            quad = (first, not first, not first, first)
+            arms += [arm for arm in quad for _ in range(settings.block)]
         self._arms = tuple(arms)
 
     # -- live requests
@@ -252,8 +269,8 @@ class Trial:
                 return
             lane = self._lanes.setdefault(bucket, _Lane())
             lane.requests += 1
-            block, offset = divmod(position, BLOCK)
-            if offset != BLOCK - 1:
+            block, offset = divmod(position, self.settings.block)
+            if offset != self.settings.block - 1:
                 continue
             partner = self._unpaired.pop((bucket, block ^ 1), None)
             if partner is None:

@@ -20,7 +20,9 @@ from graphopt.planner.layout import Run, layer_count, layers, whole
 LAYER_S_MIN = 1e-3  # a layer worth a region of its own (DESIGN section 7)
 QUICK_S = 2e-3  # a hand-over to another thread and back takes some 10 us
 NODES_MIN = 2  # a call into a runtime costs more than one op
-HOT_ENOUGH = 0.9  # of the requests
+# Of the time that requests take: the rest of them, on the live path's tiers, may well take half as long
+# again, and that must not be felt.
+HOT_ENOUGH = 0.98
 CUT_NODES_MIN = 8  # what a cut leaves over is worth a region of its own only from this size on
 PLANS_MAX = 8
 PREFERRED = ("openvino", "onnxruntime")  # the order in which they won on most models measured
@@ -38,7 +40,7 @@ def propose(
         facts: of the graph.
         document: `backends`, names of the runtimes there are; `threads` and `streams` of a call;
             `buckets`, the sizes of the graph's symbols by name in its hottest shapes, hottest first,
-            and `buckets_share`, the share of the requests that have one of them;
+            and `buckets_share`, the share of the requests' time that goes to them;
             `latency_s`, what a request takes now, or None when it was not measured.
         offered: the backends by name; by default those that are registered.
 

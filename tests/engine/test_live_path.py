@@ -463,8 +463,8 @@ def test_a_call_runs_with_the_engines_threads_and_gives_the_callers_count_back(
 ):
     torch.set_num_threads(2)
     seen: list[int] = []
-    original = engine.model.run
-    engine.model.run = lambda inputs: (seen.append(torch.get_num_threads()), original(inputs))[1]  # type: ignore[method-assign]
+    original = engine.model.answer
+    engine.model.answer = lambda inputs: (seen.append(torch.get_num_threads()), original(inputs))[1]  # type: ignore[method-assign]
     try:
         ids = torch.ones(2, 8, dtype=torch.int64)
         engine(ids, ids)

@@ -10,6 +10,7 @@ from graphopt.executor.latency import (
     FRESH_MAX,
     RING_SAMPLES,
     RINGS_MAX,
+    TRAFFIC_REQUESTS_MAX,
     Latencies,
     describe,
     median,
@@ -24,7 +25,7 @@ def test_samples_come_back_in_order_with_their_bucket() -> None:
     latencies.add(("b", {}, 0.25))
     assert latencies.drain() == [("a", (8, 128), 0.5), ("b", (), 0.25)]
     assert latencies.drain() == []
-    assert latencies.traffic() == {(8, 128): 1, (): 1}
+    assert latencies.traffic() == {(8, 128): (1, 0.5), (): (1, 0.25)}
 
 
 def test_what_is_not_known_is_none() -> None:
@@ -40,6 +41,18 @@ def test_the_newest_sample_is_another_object_after_a_request() -> None:
     assert latencies.newest() is before
     latencies.add(("a", {}, 0.5))
     assert latencies.newest() is not before
+
+
+def test_shapes_out_of_use_are_forgotten() -> None:
+    latencies = Latencies()
+    for size in (1, 2):
+        for _ in range(2 * TRAFFIC_REQUESTS_MAX):
+            latencies.add(("a", {"batch": size}, 0.5 * size))
+            latencies.drain()
+        traffic = latencies.traffic()
+        assert max(traffic, key=lambda bucket: traffic[bucket].busy_s) == (size,)
+        assert sum(each.requests for each in traffic.values()) <= TRAFFIC_REQUESTS_MAX
+    assert traffic[(1,)].requests < 0.25 * TRAFFIC_REQUESTS_MAX
 
 
 def test_nothing_grows_without_bound() -> None:

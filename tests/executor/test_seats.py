@@ -1,6 +1,7 @@
 """Seats are never more than there are, never lost, and handed over in turn to those who waited."""
 
 import threading
+import time
 
 from graphopt.executor.seats import STARVED_S, Seats
 
@@ -59,7 +60,9 @@ def test_who_just_came_competes_with_those_who_ask():
 
 
 def test_never_more_callers_than_seats_and_all_are_served():
-    seats, inside, most, turns = Seats(2), [], [], 2_000
+    seats, turns = Seats(2, time.perf_counter), 2_000
+    inside: list[None] = []
+    most: list[int] = []
 
     def run() -> None:
         for _ in range(turns):
