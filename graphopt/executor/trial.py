@@ -10,8 +10,10 @@ measured requests of two neighbouring blocks make a pair; `signed_rank` judges t
 pairs, bucket by bucket, weighted by traffic. A big difference ends the trial after 7 pairs; without
 one it ends at `pairs_max` with the answer that nothing is gained.
 
-Swapping the two plans mirrors the verdict. Deliberately absent: the clock, threads, and what follows
-from a verdict (see `switch`).
+Refusing costs less than accepting, so a candidate that is plainly slower, or hardly any faster, is
+given up early. But for that, swapping the two plans mirrors the verdict.
+
+Deliberately absent: the clock, threads, and what follows from a verdict (see `switch`).
 """
 
 import itertools
@@ -23,7 +25,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from graphopt.executor.latency import TICK_S, Bucket, describe, median
+from graphopt.executor.latency import MAD_TO_SIGMA, TICK_S, Bucket, describe, median
 from graphopt.executor.signed_rank import (
     PAIRS_MAX,
     Bounds,
@@ -40,11 +42,16 @@ BLOCK_S, BLOCK_MAX = (
 )  # or as many as take so long: a few MB of weights are in the caches then
 TRIAL_MAX_S = 4.0  # of a trial without traffic
 PAIRS_MIN = 12  # with fewer only a difference of 2x could be told
+FUTILE_LOSS, FUTILE_LOSS_PAIRS = 1.05, 4  # slower than this in each of the first pairs
+FUTILE_PAIRS, FUTILE_SIGMA = 8, 1.28  # a gain worth having is 90% unlikely from so many pairs on
 BUCKETS_MAX = 32  # shapes that take part in one trial; a request of another runs the current plan
 LEFT_OUT_MAX = 0.1  # share of the traffic that may be too rare to be judged
 LOSS_MAX = 1.10  # slower than this for any bucket that is judged, and the candidate is no gain
 UNPAIRED_MAX = 512  # measured requests that wait for their partner; some never come: requests fail
 LOOK_GROWTH = 1.25  # pairs from one look at the figures to the next
+MEDIAN_ERROR = (
+    1.2533  # sqrt(pi / 2): standard error of the median of a normal, times sqrt(n) / sigma
+)
 _COINS = 64  # quads until the dealing repeats
 
 Verdict = Literal["better", "worse", "equal", "failed", "cancelled"]
@@ -61,6 +68,8 @@ class TrialSettings:
         warmup_pairs: first pairs of each bucket that do not count.
         seed: of the dealing.
         block: requests in a row on one plan.
+        gives_up: whether a candidate that will hardly win is refused on less evidence than it
+            would take to accept it.
     """
 
     margin: float = 0.02
@@ -69,6 +78,7 @@ class TrialSettings:
     warmup_pairs: int = 1
     seed: int = 0
     block: int = BLOCK
+    gives_up: bool = False
 
     def for_requests_of(self, latency_s: float) -> "TrialSettings":
         """For a model whose requests take so long now: longer blocks, fewer pairs."""
@@ -78,7 +88,7 @@ class TrialSettings:
         return replace(self, block=block, pairs_max=min(pairs_max, self.pairs_max))
 
 
-ACCEPTANCE = TrialSettings()
+ACCEPTANCE = TrialSettings(gives_up=True)
 """Of a candidate against the published plan."""
 
 CONFIRMATION = TrialSettings(margin=0.05, alpha=0.10, pairs_max=22, warmup_pairs=0)
@@ -109,7 +119,8 @@ class BucketFigures:
 class TrialResult:
     """What a trial found. `ratio` (candidate over current, weighted by traffic) is None before pairs.
 
-    `low` and `high` bound it, each at the trial's `alpha`; None where there is no bound yet.
+    `low` and `high` bound it, each at the trial's `alpha`; None where there is no bound yet, or where the
+    candidate was given up.
     """
 
     verdict: Verdict
@@ -243,6 +254,10 @@ class Trial:
             return self.result
         self._pair_up()
         pairs, overall, found = self.pairs, None, {}
+        if self._ended is None and self.settings.gives_up:
+            verdict, reason = self._futility()
+            if verdict is not None:
+                self._end(verdict, reason)
         if self._ended is None:
             if pairs < min(self._next_look, self.settings.pairs_max):
                 return None
@@ -336,6 +351,28 @@ class Trial:
             return "equal", figures
         return None, ""
 
+    def _futility(self) -> tuple[Verdict | None, str]:
+        """Whether the candidate will hardly win, by all pairs without regard to buckets.
+
+        Their median against its standard error from the MAD.
+        """
+        found = sorted(d for lane in self._lanes.values() for d in lane.differences)
+        if len(found) >= FUTILE_LOSS_PAIRS and found[0] > math.log(FUTILE_LOSS):
+            least = math.exp(found[0])
+            return (
+                "worse",
+                f"{least:.2f} of the current plan's time or more in all {len(found)} pairs",
+            )
+        if len(found) < FUTILE_PAIRS:
+            return None, ""
+        middle, limit = median(found), -math.log(1.0 - self.settings.margin)
+        spread = MAD_TO_SIGMA * median(sorted(abs(each - middle) for each in found))
+        error = MEDIAN_ERROR * spread / math.sqrt(len(found))
+        if middle - FUTILE_SIGMA * error <= -limit:
+            return None, ""
+        reason = f"{math.exp(middle):.3f} of the current plan's time in {len(found)} pairs: no gain"
+        return ("worse" if middle > 2 * FUTILE_SIGMA * error else "equal"), reason
+
     def _shares(self) -> dict[Bucket, float]:
         seen: Mapping[Bucket, float] = self._weights or {}
         if not any(seen.get(bucket, 0.0) for bucket in self._lanes):
@@ -372,12 +409,18 @@ class Trial:
             self.candidate,
             sum(line.pairs for line in lines),
             self.settings.margin,
-            None if overall is None else math.exp(overall.estimate),
+            self._ratio(overall),
             None if overall is None else _ratio(overall.low),
             None if overall is None else _ratio(overall.high),
             tuple(lines),
             reason,
         )
+
+    def _ratio(self, overall: Bounds | None) -> float | None:
+        if overall is not None:
+            return math.exp(overall.estimate)
+        found = sorted(d for lane in self._lanes.values() for d in lane.differences)
+        return math.exp(median(found)) if found else None
 
     def _end(self, verdict: Verdict, reason: str) -> tuple[Verdict, str]:
         """The first verdict stands, whichever thread it came from."""

@@ -33,6 +33,8 @@ from graphopt.executor.trial import (
     BLOCK,
     BUCKETS_MAX,
     CONFIRMATION,
+    FUTILE_LOSS_PAIRS,
+    FUTILE_PAIRS,
     Trial,
     TrialResult,
     TrialSettings,
@@ -150,8 +152,18 @@ def test_twice_or_half_the_time_is_decided_within_ten_pairs_or_a_few_more(
     assert pairs[-1] <= 40
 
 
+def test_a_candidate_that_will_hardly_win_is_given_up_early() -> None:
+    slower, requests = simulate(lognormal(0, 0.03), 1.3, ACCEPTANCE)
+    assert (slower.verdict, slower.pairs) == ("worse", FUTILE_LOSS_PAIRS)
+    assert requests == 2 * BLOCK * (FUTILE_LOSS_PAIRS + ACCEPTANCE.warmup_pairs)
+    assert slower.ratio == pytest.approx(1.3, rel=0.1)
+    found = [simulate(lognormal(seed, 0.03), 1.0, ACCEPTANCE)[0] for seed in range(RUNS)]
+    assert sorted(result.pairs for result in found)[RUNS // 2] <= 2 * FUTILE_PAIRS
+
+
 def test_a_trial_ends_at_its_bound_of_pairs() -> None:
-    result, requests = simulate(lognormal(0, 0.3), 0.97, ACCEPTANCE)
+    patient = replace(ACCEPTANCE, gives_up=False)
+    result, requests = simulate(lognormal(0, 0.3), 0.97, patient)
     assert (result.verdict, result.pairs) == ("equal", ACCEPTANCE.pairs_max)
     assert requests == 2 * BLOCK * (ACCEPTANCE.pairs_max + ACCEPTANCE.warmup_pairs)
 
@@ -166,7 +178,8 @@ def test_swapping_the_plans_mirrors_the_verdict(
     pairs: list[tuple[float, float, tuple[int, ...]]], ratio: float
 ) -> None:
     mirror = {"better": "worse", "worse": "better", "equal": "equal"}
-    one, other = Trial("a", "b"), Trial("b", "a")
+    patient = replace(ACCEPTANCE, gives_up=False)
+    one, other = Trial("a", "b", patient), Trial("b", "a", patient)
     for a_s, b_s, bucket in pairs:
         one.add_pair(bucket, a_s, ratio * b_s)
         other.add_pair(bucket, ratio * b_s, a_s)
