@@ -96,7 +96,11 @@ class Loaded:
 
 
 class Backend(Protocol):
-    """One runtime. Importing its module must not import the runtime's library."""
+    """One runtime. Importing its module must not import the runtime's library.
+
+    A class attribute `last_resort = True` says that it is worth its build time only where no other
+    runtime takes a graph.
+    """
 
     name: ClassVar[str]
 

@@ -54,12 +54,16 @@ def propose(
     latency_s = document.get("latency_s")
     by_layer = count > 0 and latency_s is not None and latency_s / count >= LAYER_S_MIN
     layouts = [("layers", layers(facts)), ("whole", whole(facts))] if by_layer else []
+    there = [known[name] for name in sorted(document["backends"], key=_rank) if name in known]
+    last = [backend for backend in there if getattr(backend, "last_resort", False)]
     plans = []
     for layout, runs in layouts or [("whole", whole(facts))]:
-        for name in sorted(document["backends"], key=_rank):
-            backend = known.get(name)
-            if backend is not None:
+        for backend in there:
+            if backend not in last:
                 plans += _plans(facts, document, layout, runs, backend)
+    if not plans:  # what takes minutes to build is for graphs that nothing else takes
+        for backend in last:
+            plans += _plans(facts, document, "whole", whole(facts), backend)
     return {"plans": plans[:PLANS_MAX]}
 
 

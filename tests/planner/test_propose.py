@@ -52,6 +52,16 @@ def ask(
     return propose(FACTS, document, {runtime.name: runtime for runtime in offered})["plans"]
 
 
+class Compiler(Runtime):
+    last_resort = True
+
+
+def test_a_last_resort_is_proposed_only_where_nothing_else_is():
+    assert {p["backend"] for p in ask([Compiler("a"), Runtime("b")], 0.1)} == {"b"}
+    (alone,) = ask([Compiler("a"), Runtime("b", without="*")], 0.1)
+    assert (alone["backend"], alone["layout"]) == ("a", "whole")
+
+
 def test_long_layers_come_first_and_the_whole_has_to_win():
     plans = ask([Runtime("a"), Runtime("b")], 0.100)
     assert [(p["layout"], p["backend"]) for p in plans] == [
