@@ -31,7 +31,10 @@ CHECKS = (
 RESIDUES = 32  # sizes in a row that tell floor divisions by up to 32 apart
 CALL_ELEMENTS_MAX = 1 << 20  # of a real call during inference: a millisecond or two
 _KERNELS_KNOWN = frozenset({"f32", "f64", "f16", "bf16"})
-_UNSUPPORTED = re.compile(r"not implemented for|(not|only) supported|unsupported", re.IGNORECASE)
+_UNSUPPORTED = re.compile(
+    r"not implemented for|(not|only) supported|unsupported|mixed dtype|expected scalar type",
+    re.IGNORECASE,
+)
 
 Shapes = list[tuple[int, ...]]
 
@@ -179,8 +182,8 @@ def _call(op: str, bound: Mapping[str, Any], point: Mapping[str, int], device: s
 def _check_kernel(
     op: str, bound: Mapping[str, Any], point: Mapping[str, int], outputs: list[Any]
 ) -> None:
-    """Meta kernels take dtypes that no kernel implements (gelu of int64): where operands are not
-    floats, one real call, if a small one.
+    """Meta kernels take dtypes that no kernel implements (gelu of int64, native_layer_norm of f32 with
+    weights of f64): where operands are not floats of one dtype, one real call, if a small one.
     """
     items = [
         item
@@ -193,7 +196,8 @@ def _check_kernel(
         for p in get_spec(op).params
         if p.kind in ("Tensor", "number") and isinstance(bound[p.name], bool)
     ]
-    if not flags and all(type_.dtype in _KERNELS_KNOWN for type_ in operands):
+    dtypes = {type_.dtype for type_ in operands}
+    if not flags and dtypes <= _KERNELS_KNOWN and len(dtypes) <= 1:
         return
     sizes = [evaluate(product(type_.shape), point) for type_ in operands]
     if (

@@ -191,8 +191,10 @@ def _check_norm_dtypes(x: TensorType, *params: TensorType | None) -> None:
         raise TypeMismatchError(
             f"{x.dtype} cannot be normalized", remedy="convert with aten._to_copy.default"
         )
-    for each in params:
-        if each is not None and not (x.dtype in ("bf16", "f16") and each.dtype == "f32"):
+    given = [each for each in params if each is not None]
+    for each in given:
+        same_dtype(given[0], each)
+        if not (x.dtype in ("bf16", "f16") and each.dtype == "f32"):
             same_dtype(x, each)
 
 
@@ -214,6 +216,7 @@ def _batch_norm(a: Bound) -> tuple[ValueType, ...] | None:
     x = a["input"]
     if a["training"] or x.layout == STRIDED or x.rank < 2:
         return None
+    _check_norm_dtypes(x, a["weight"], a["bias"], a["running_mean"], a["running_var"])
     for name in ("weight", "bias", "running_mean", "running_var"):
         if a[name] is not None:
             match(a[name].shape, (x.shape[1],), name, "channels")

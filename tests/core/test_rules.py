@@ -2,6 +2,7 @@
 fits against sizes never probed.
 """
 
+import itertools
 from random import Random
 from typing import Any
 
@@ -376,3 +377,32 @@ def test_a_rule_says_what_torch_says(op: str) -> None:
 @given(random=randoms)
 def test_any_rule_at_any_static_and_symbolic_shape(random: Random) -> None:
     check_call(random.choice(sorted(RULES)), random, symbolic=random.choice((False, True)))
+
+
+NORM_DTYPES = ("f32", "f64", "bf16", "i64")
+
+
+@pytest.mark.parametrize("dtypes", list(itertools.product(NORM_DTYPES, repeat=3)), ids="-".join)
+@pytest.mark.parametrize("op", ["layer_norm", "native_layer_norm", "batch_norm"])
+def test_a_norm_is_taken_where_the_cpu_has_a_kernel_for_it(
+    op: str, dtypes: tuple[str, ...]
+) -> None:
+    x, weight, stats = dtypes
+    types = {
+        "x": TensorType(x, (2, 4)), "w": TensorType(weight, (4,)), "b": TensorType(weight, (4,)),
+        "m": TensorType(stats, (4,)), "v": TensorType(stats, (4,)),
+    }  # fmt: skip
+    refs = {name: Ref(name) for name in types}
+    args: Args = {
+        "layer_norm": (refs["x"], (4,), refs["w"], refs["b"]),
+        "native_layer_norm": (refs["x"], (4,), refs["w"], refs["b"], 1e-5),
+        "batch_norm": (*refs.values(), False, 0.1, 1e-5, False),
+    }[op]
+    node = make_node("n", f"aten.{op}.default", args)
+    try:
+        torch_runs(node, dict(types))
+    except RuntimeError:
+        with pytest.raises(TypeMismatchError):
+            infer_node(node, lambda ref: types[ref.id])
+    else:
+        infer_node(node, lambda ref: types[ref.id])
