@@ -249,8 +249,9 @@ class Graphopt:
         return connect
 
     def notes(self) -> str:
-        """The tiers of the plan, and batches at which it did not settle."""
-        tiers = Counter(line.tier for line in self.engine.explain().steps)
+        """The tiers of the plan and how they run, and batches at which it did not settle."""
+        steps = self.engine.explain().steps
+        tiers = Counter(f"{line.tier} {line.options}".strip() for line in steps)
         parts = [f"{count} {tier}" for tier, count in sorted(tiers.items())]
         parts += [f"not settled at batch {b}" for b, settled in self.seen.items() if not settled]
         return ", ".join(parts)
