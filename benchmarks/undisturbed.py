@@ -11,7 +11,8 @@ verifying, loading, trials. Spells with and without it alternate and are compare
 bounds. `builder_cores` is what the builder process used, `deltas` what it was given: without work
 for the builder the figures would mean nothing, so run it on a quiet machine, where the idle class
 gets something. `unsettled` counts spells after which the background was still busy when the patience
-ended: what follows them was not quite alone. The clients' model never changes.
+ended: what follows them was not quite alone. The clients' model never changes. The GIL's switch interval is
+the service's.
 """
 
 import argparse
@@ -46,7 +47,9 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--spell-s", type=float, default=3.0)
     parser.add_argument("--settle-s", type=float, default=60.0, help="patience after each spell")
+    parser.add_argument("--switch-interval-us", type=float, default=500.0, help="of the GIL")
     options = parser.parse_args()
+    sys.setswitchinterval(options.switch_interval_us / 1e6)
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(1)
     settings = graphopt.EngineSettings(threads=cores, intra_op=1)
