@@ -13,7 +13,7 @@ from itertools import pairwise
 
 from graphopt.analysis.blocks import CONTEXT, START
 from graphopt.analysis.facts import Facts, Update
-from graphopt.executor.build import MakeStep, bind_run, replan
+from graphopt.executor.build import MakeStep, bind_run, position_of, replan
 from graphopt.executor.plan import Plan, Step
 from graphopt.executor.runs import run_region
 
@@ -38,23 +38,31 @@ class Arrangement:
 
     @classmethod
     def of(cls, base: Plan, overlays: Iterable[Overlay] = ()) -> "Arrangement":
-        """`base` with `overlays` over it; one that would part a step of the base is left out."""
-        position = {step.blocks[0]: i for i, step in enumerate(base.steps)}
-        row: list[Step | None] = list(base.steps)
+        """`base` with `overlays` over it; one that would part a step of the base is left out.
+
+        O(overlays * log(steps)) beside the steps under them and one copy of the row.
+        """
         digest, kept = base.digest, []
+        taken: list[tuple[int, int, Step]] = []  # from, up to, and what lies there
         for overlay in overlays:
             step = overlay.step
-            first = position.get(step.blocks[0], len(row))
+            first = position_of(base, step.blocks[0])
             last = _last_of(base.steps, first, step.blocks)
-            if last is None or any(row[i] is not base.steps[i] for i in range(first, last)):
+            if last is None or any(first < end and begin < last for begin, end, _ in taken):
                 continue
             digest += step.digest - sum(under.digest for under in base.steps[first:last])
-            row[first:last] = [step] + [None] * (last - first - 1)
+            taken.append((first, last, step))
             kept.append(overlay)
         if not kept:
             return cls(base, (), base)
-        steps = tuple(step for step in row if step is not None)
-        return cls(base, tuple(kept), Plan(base.graph, base.revision, steps, digest))
+        steps: list[Step] = []
+        done = 0
+        for first, last, step in sorted(taken, key=lambda each: each[0]):
+            steps += base.steps[done:first]
+            steps.append(step)
+            done = last
+        steps += base.steps[done:]
+        return cls(base, tuple(kept), Plan(base.graph, base.revision, tuple(steps), digest))
 
     def after(self, update: Update, revision: int, make: MakeStep) -> tuple["Arrangement", int]:
         """The arrangement of the next revision, and how many blocks of the base were planned anew."""

@@ -118,18 +118,40 @@ def replan(plan: Plan, update: Update, revision: int, make: MakeStep) -> tuple[P
     return Plan(facts.graph, revision, steps, digest), len(fresh) + (CONTEXT in remade)
 
 
+def position_of(plan: Plan, block: str) -> int:
+    """Where in a plan the step that begins with `block` is; behind the last where none does.
+
+    O(log(steps)).
+    """
+    steps = plan.steps
+    head = 1 if steps and steps[0].block == CONTEXT else 0
+    if block == CONTEXT:
+        return 0 if head else len(steps)
+    is_known = block == END or block in plan.graph.nodes
+    position = _search(plan.graph, steps, block, head) if is_known else len(steps)
+    is_there = position < len(steps) and steps[position].blocks[0] == block
+    return position if is_there else len(steps)
+
+
+def _search(graph: Graph, steps: tuple[Step, ...], block: str, start: int = 0) -> int:
+    """The first step from `start` on that ends with `block` or behind it; all are in order."""
+
+    def key(step: Step) -> tuple[int, str]:
+        return graph.order_key(step.block) if step.block != END else _BEHIND
+
+    return bisect_left(
+        steps, graph.order_key(block) if block != END else _BEHIND, lo=start, key=key
+    )
+
+
 def _stretch(graph: Graph, body: tuple[Step, ...], stale: Set[str]) -> tuple[int, int]:
     """The row positions from the first to behind the last step whose block is in `stale`.
 
     O(stale * log(steps)).
     """
-
-    def key(step: Step) -> tuple[int, str]:
-        return graph.order_key(step.block) if step.block != END else _BEHIND
-
     found = []
     for block in stale:
-        position = bisect_left(body, graph.order_key(block) if block != END else _BEHIND, key=key)
+        position = _search(graph, body, block)
         if position < len(body) and block in body[position].blocks:
             found.append(position)
     return (min(found), max(found) + 1) if found else (len(body), len(body))

@@ -14,7 +14,7 @@ from graphopt.constants import constant_of
 from graphopt.delta import AddNode, Delta, PutConstant, Rewire, apply_fully, invert
 from graphopt.errors import GraphoptError
 from graphopt.executor.arrangement import Arrangement, Overlay, is_adjacent
-from graphopt.executor.build import EagerBuilder, bind_run, build_plan, weight_key
+from graphopt.executor.build import EagerBuilder, bind_run, build_plan, position_of, weight_key
 from graphopt.executor.plan import Plan, run_plan
 from graphopt.executor.runs import eager_run, run_region
 from graphopt.graph import Ref
@@ -159,3 +159,17 @@ def touched(old: Overlay, facts: Facts) -> bool:
         old.step.writes,
         old.step.nodes,
     )
+
+
+def test_every_step_is_found_by_its_first_block_and_nothing_else_is() -> None:
+    facts = analyse(transformer(3))
+    plan = arranged(facts, layers(facts)[:1]).plan
+    assert [position_of(plan, step.blocks[0]) for step in plan.steps] == [*range(len(plan.steps))]
+    firsts = {step.blocks[0] for step in plan.steps}
+    others = [block for block in (*facts.regions, "no such block") if block not in firsts]
+    assert {position_of(plan, block) for block in others} == {len(plan.steps)}
+
+
+def test_without_overlays_the_plan_is_the_base_itself() -> None:
+    base = build_plan(analyse(transformer(1)), 1, make)
+    assert Arrangement.of(base).plan is base
