@@ -2,9 +2,11 @@
 whole model families. `make test` runs them all.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 SLOW = (
     "adapters/test_peft_oracle.py",
@@ -36,3 +38,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if any(item.path == path or path in item.path.parents for path in slow):
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """torch on one thread and without gradients, for tests that compare kernels."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        yield
+    torch.set_num_threads(before)

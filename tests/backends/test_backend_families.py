@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from regions_built import built
 
 from frontend import zoo
@@ -23,13 +22,7 @@ NAMES = ("openvino", "onnxruntime")
 FAMILIES = (*zoo.FAMILIES, "bert alone", "gpt2 alone", "llama alone")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @cache

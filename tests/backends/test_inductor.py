@@ -82,7 +82,15 @@ def test_it_loads_in_a_fresh_process_without_the_compiler(
     torch.testing.assert_close(torch.load(tmp_path / "out.pt"), given, rtol=0, atol=0)
 
 
-def test_weights_stay_out_of_the_artifact(facts: Facts, loaded: Loaded) -> None:
+def test_weights_stay_out_of_the_artifact_and_come_with_the_load(
+    facts: Facts, loaded: Loaded, folder: Path
+) -> None:
+    region, feeds = whole(facts), feeds_of(facts.graph, SHAPES[1])
+    zeros = [torch.zeros_like(facts.graph.constants[name].tensor) for name in region.consts]
+    empty = InductorBackend().load(folder, zeros, Options(2))
+    (given,), (right,) = (call(each, region, feeds, SHAPES[1]) for each in (empty, loaded))
+    assert not torch.equal(right[0], right[1])
+    assert torch.equal(given[0], given[1]), "without weights no input matters"
     assert loaded.resident_bytes == 0
 
 

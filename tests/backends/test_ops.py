@@ -35,13 +35,7 @@ def graph_of_cases(cases: dict[str, tuple[object, ...]]) -> Graph:
     return Graph.build("ops", nodes, inputs, outputs_of(shown), constants, symbols=symbols)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module", params=list(op_cases.GROUPS))

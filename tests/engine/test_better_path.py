@@ -159,6 +159,10 @@ def test_a_delta_while_artifacts_are_loaded_never_gets_those_of_the_revision_bef
     assert tiers(engine) == {"scaling": 1}
     torch.testing.assert_close(engine.run({"x": x}).outputs["y"], torch.relu(x) * 2, rtol=0, atol=0)
     assert {fields["revision"] for fields in of(said, "plan.published")} >= {2}
+    # The trial would have noticed too: it must never have come to that
+    assert not any(
+        "differs" in f["reason"] for n, f in said if n in ("plan.refused", "plan.declined")
+    )
 
 
 def test_an_op_the_runtime_lacks_is_left_to_the_live_path(start: Start):

@@ -3,7 +3,8 @@
 Needs no library beyond torch, but a C++ compiler, and tens of seconds for a region: on a CPU it is
 offered only where no other runtime takes a region (`last_resort`). `build` exports the generated
 eager function and packages the shared library without weights; `load` hands it the graph's own
-constants, which it uses where they lie. Loading imports nothing of the compiler.
+constants, which it uses where they lie (the compiler writes those of a few elements into its code; an
+artifact is for one set of weights anyway). Loading imports nothing of the compiler.
 
 A call holds the GIL while it runs (measured, torch 2.13), which law 4 forbids above a millisecond:
 one more reason to come last.

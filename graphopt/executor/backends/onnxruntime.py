@@ -35,7 +35,7 @@ from graphopt.executor.backends.translate import translate, why_not
 MODEL, DERIVED = "model.onnx", "derived.bin"
 _ALL = "all.bin"  # what the runtime writes; gone when `build` returns
 # An op of a small net takes 2 to 20 us; waking a sleeping thread takes as long. An MLP of 8 layers on two
-# threads takes 47 us without spinning, 27 with 20 to 50 us of it, 28 with spinning for ever.
+# threads took 47 us without spinning, 27 with 20 to 50 us of it, 28 with spinning for ever (by hand).
 SPIN_US = 50
 INLINE_BYTES_MAX = 4096  # of an initializer of integers: axes, pads, shapes
 _TYPES = {"f32": 1, "i32": 6, "i64": 7, "bool": 9}  # onnx.TensorProto.DataType
