@@ -43,6 +43,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("draft",),
     ("delta", "text", "text_parser", "bundle_manifest", "bundle"),
     ("analysis",),
+    ("rewrite",),
     ("executor",),
     ("planner",),
     ("adapters", "frontend", "macros", "store"),

@@ -33,6 +33,7 @@ class Region:
     consts: tuple[str, ...]
     symbols: tuple[str, ...]
     exits: tuple[Ref, ...]
+    made: tuple[str, ...] = ()
 
 
 def build_region(
