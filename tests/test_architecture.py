@@ -93,7 +93,11 @@ TORCH = {
     "engine.live": "requests",
     "engine.records": "results",
 }
-TORCH_PACKAGES = {"executor": "it runs tensors", "frontend": "it reads torch modules"}
+TORCH_PACKAGES = {
+    "executor": "it runs tensors",
+    "frontend": "it reads torch modules",
+    "rewrite": "passes make constants",
+}
 CLOCK = {
     "builder.__main__": "names the clocks of its process",
     "executor.publish": "measures how long the publish store took",

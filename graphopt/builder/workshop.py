@@ -33,12 +33,20 @@ from graphopt.builder.records import (
     quarantine_key,
 )
 from graphopt.errors import GraphoptError
-from graphopt.executor.backend import Backend, BackendMissingError, Options, backends, options_of
+from graphopt.executor.backend import (
+    Backend,
+    BackendMissingError,
+    Options,
+    backends,
+    options_of,
+    passes_of,
+)
 from graphopt.executor.build import bind_run, weight_key
 from graphopt.executor.fused import FusedBuilder
 from graphopt.executor.plan import Step
 from graphopt.executor.runs import eager_run, run_region
 from graphopt.executor.verify import verify_step
+from graphopt.rewrite import lower
 
 UNSUPPORTED_NAMED_MAX = 64  # nodes with reasons in one answer
 
@@ -88,7 +96,11 @@ class Workshop:
             try:
                 watch(BUILD)
                 start_s = self._clock()
-                _guard(BUILD, lambda: backend.build(facts, region, options, folder))
+                lowered = _guard(BUILD, lambda: lower(facts, region, passes_of(backend)))
+                _guard(
+                    BUILD,
+                    lambda: backend.build(lowered.facts, lowered.region, options, folder),
+                )
                 build_s = self._clock() - start_s
                 size = sum(each.stat().st_size for each in folder.rglob("*") if each.is_file())
                 watch(LOAD)

@@ -21,6 +21,7 @@ import torch
 from graphopt.analysis.facts import Facts
 from graphopt.analysis.regions import Region
 from graphopt.errors import GraphoptError
+from graphopt.rewrite import PASSES, Pass
 
 ENTRY_POINTS = "graphopt.backends"
 
@@ -99,7 +100,9 @@ class Backend(Protocol):
     """One runtime. Importing its module must not import the runtime's library.
 
     A class attribute `last_resort = True` says that it is worth its build time only where no other
-    runtime takes a graph.
+    runtime takes a graph. A class attribute `rewrites` names the passes of `graphopt.rewrite` that
+    pay on it: `build` is then given the lowered region, whose constants may end with some that a
+    pass made (`Region.made`); the artifact has to hold these, `load` is not given them.
     """
 
     name: ClassVar[str]
@@ -123,11 +126,18 @@ class Backend(Protocol):
         """
 
     def load(self, folder: Path, constants: Sequence[torch.Tensor], options: Options) -> Loaded:
-        """Makes an artifact runnable without compiling; `constants` are those of `Region.consts`.
+        """Makes an artifact runnable without compiling; `constants` are those of `Region.consts`
+        that are the user's.
 
         Nothing needs to stay in `folder` but what is mapped. Raises BuildError when the files are
         not what `build` of this version wrote.
         """
+
+
+def passes_of(backend: Backend) -> dict[str, Pass]:
+    """The rewrites that a backend wants, in the order in which they run."""
+    wanted = getattr(backend, "rewrites", ())
+    return {name: run for name, run in PASSES.items() if name in wanted}
 
 
 @cache

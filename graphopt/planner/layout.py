@@ -3,7 +3,8 @@
 A *layer* is what a network repeats. It begins at its anchor, the repeated block that makes up most
 of the graph (in a transformer that is the attention), and lasts to the next one. An edit inside a
 layer changes that layer's run alone, because the others keep their anchors; an edit of an anchor
-joins its layer with the one before.
+joins its layer with the one before. Where what follows the last layer reads a few of its rows alone,
+the two are one run: a region is rewritten by itself, so only together do they leave out the others.
 
 Deliberately absent: parts of blocks. A cut that more than one value crosses costs more than it
 gains at the sizes where layers pay.
@@ -14,7 +15,8 @@ from itertools import pairwise
 
 from graphopt.analysis.blocks import CONTEXT, START
 from graphopt.analysis.facts import Facts
-from graphopt.executor.runs import joins
+from graphopt.executor.runs import joins, run_region
+from graphopt.rewrite.rows import narrowed
 
 LAYERS_MIN = 3  # fewer repetitions are no pattern
 
@@ -38,7 +40,8 @@ def whole(facts: Facts) -> list[Run]:
 
 
 def layers(facts: Facts) -> list[Run]:
-    """A run for each layer, one for what comes before the first and one for what follows the last.
+    """A run for each layer, one for what comes before the first and one for what follows the last,
+    if it does not belong to that.
 
     Empty when nothing repeats `LAYERS_MIN` times.
     """
@@ -49,7 +52,16 @@ def layers(facts: Facts) -> list[Run]:
         return []
     starts = [i for i, key in enumerate(keys) if key == anchor]
     bounds = {whole_run(facts, blocks, i) for i in (*starts, _end_of_last(keys, starts))}
-    return [blocks[a:b] for a, b in pairwise(sorted({0, *bounds, len(blocks)}))]
+    runs = [blocks[a:b] for a, b in pairwise(sorted({0, *bounds, len(blocks)}))]
+    last = (*runs[-2], *runs[-1])
+    return [*runs[:-2], last] if _narrows(facts, runs[-2], last) else runs
+
+
+def _narrows(facts: Facts, layer: Run, joined: Run) -> bool:
+    """Whether in `joined` fewer rows of `layer` are computed than by itself."""
+    region = run_region(facts, joined)
+    inside = set(layer)
+    return any(facts.home_of(id) in inside for id in narrowed(facts, region))
 
 
 def whole_run(facts: Facts, blocks: Run, bound: int) -> int:

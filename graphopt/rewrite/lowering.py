@@ -22,6 +22,7 @@ from graphopt.rewrite.rewrite import Declined, Pass
 from graphopt.rewrite.rows import push_rows
 
 PASSES: Mapping[str, Pass] = {"rows": push_rows, "merge": merge_linears}
+VERSION = 1  # of what the passes do together: an artifact of another one is built again
 ROUNDS_MAX = 4  # one pass may make room for another; each settles by itself
 
 

@@ -78,14 +78,22 @@ def push_rows(facts: Facts, region: Region) -> Rewrite:
     """The pass: narrows what `demand` finds, where something heavy is among it."""
     found = demand(facts, region)
     sketch = Sketch(facts.graph)
-    heavy = [id for id in found.rows if facts.graph.nodes[id].op in HEAVY]
     for id, reason in found.walls.items():
         sketch.decline(id, reason)
-    if not heavy:
+    if not _heavy(facts, found):
         for id in found.rows:
             sketch.decline(id, "nothing heavier than a slice would be saved")
         return sketch.rewrite()
     return _Narrowing(facts, region, found, sketch).run()
+
+
+def narrowed(facts: Facts, region: Region) -> list[str]:
+    """The heavy nodes of which `push_rows` would compute some rows alone."""
+    return _heavy(facts, demand(facts, region))
+
+
+def _heavy(facts: Facts, found: Demand) -> list[str]:
+    return [id for id in found.rows if facts.graph.nodes[id].op in HEAVY]
 
 
 def _agreed(asked: dict[str, dict[str, Rows]], near: Neighbours, id: str) -> Rows | None:
