@@ -146,8 +146,9 @@ class _Walk:
                 self._keep(node, guilty, again=bool(guilty))
             elif isinstance(change, Node):
                 self._keep(change, guilty | {id}, again=True)
-            else:
-                self._replace(id, change, guilty | {id})
+            else:  # a constant lies as it lies, whatever happened before it
+                has_ref = any(isinstance(operand, Ref) for operand in change.values())
+                self._replace(id, change, guilty | {id} if has_ref else frozenset({id}))
         return settled, self.faults
 
     def _replace(self, id: str, change: Mapping[Ref, Operand], guilty: frozenset[str]) -> None:
