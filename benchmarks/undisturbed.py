@@ -13,17 +13,21 @@ for the builder the figures would mean nothing, so run it on a quiet machine, wh
 gets something. `unsettled` counts spells after which the background was still busy when the patience
 ended: what follows them was not quite alone. The clients' model never changes. The GIL's switch interval is
 the service's.
+
+The rows called `bare` are the same spells beside a process of the idle class that multiplies matrices on
+one thread and has nothing to do with graphopt: what this machine makes of any builder.
 """
 
 import argparse
 import itertools
 import os
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
 from statistics import median
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -66,7 +70,49 @@ def main() -> None:
         for case, clients in {"a core free": cores - 1, "every core busy": cores}.items():
             if clients:
                 rows.append(_row(case, lambda: engine(*inputs), clients, work, options))
+                bare = _row(case, lambda: engine(*inputs), clients, Multiplier(), options)
+                rows.append({**bare, "case": f"{case}, bare"})
     report("undisturbed", rows, model=options.model, other=options.other, cores=cores)
+
+
+class Load(Protocol):
+    """What runs beside the clients in every other spell."""
+
+    deltas: int
+    unsettled: int
+
+    def start(self) -> None:
+        """Begins."""
+
+    def stop(self) -> None:
+        """Ends, and returns when nothing of it is left."""
+
+
+class Multiplier:
+    """A process of the idle class that multiplies matrices on one thread."""
+
+    deltas = unsettled = 0
+    _SOURCE = """
+import os, torch
+os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+torch.set_num_threads(1)
+x = torch.rand(1024, 1024)
+print(flush=True)
+while True:
+    x @ x
+"""
+
+    def start(self) -> None:
+        """Returns when it multiplies."""
+        command = [sys.executable, "-c", self._SOURCE]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE)
+        assert self._process.stdout is not None
+        self._process.stdout.readline()
+
+    def stop(self) -> None:
+        """Kills it."""
+        self._process.kill()
+        self._process.communicate()
 
 
 class Work:
@@ -114,7 +160,7 @@ class Work:
 
 
 def _row(
-    case: str, call: Callable[[], Any], clients: int, work: Work, options: argparse.Namespace
+    case: str, call: Callable[[], Any], clients: int, work: Load, options: argparse.Namespace
 ) -> dict[str, Any]:
     alone: list[list[float]] = []
     beside: list[list[float]] = []

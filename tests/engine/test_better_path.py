@@ -2,6 +2,7 @@
 while the answers stay right.
 """
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -113,6 +114,30 @@ def test_a_model_reaches_the_faster_runtime_and_serves_all_the_while(start: Star
     assert published["cause"] == "trial"
     assert published["trial"]["ratio"] < 0.5
     assert of(said, "plan.built")[0]["tier"] == "once"
+
+
+def test_a_trial_beside_the_requests_of_another_model_still_ends(start: Start, said: Said):
+    engine = start("Once", graph=chain())
+    other = engine.host.load(chain(), "other")
+    x = torch.randn(4, 8)
+    is_over = threading.Event()
+
+    def serve() -> int:
+        answers = 0
+        while not is_over.is_set():
+            torch.testing.assert_close(other.run({"x": x}).outputs["y"], torch.relu(x))
+            answers += 1
+        return answers
+
+    with ThreadPoolExecutor(1) as client:
+        served = client.submit(serve)
+        ask(engine, 10)  # from now on it has inputs that a trial can use, and no requests
+        try:
+            assert engine.settle(SETTLED_S)
+        finally:
+            is_over.set()
+        assert served.result() > 0
+    assert tiers(engine) == {"once": 1}
 
 
 def test_a_delta_drops_what_it_touches_and_the_rest_comes_back(start: Start):
