@@ -2,8 +2,8 @@
 
 Runtimes have one kernel for it that never writes the scores down; the law is that it computes the
 same. One thing differs: where a mask forbids a row everything with minus infinity, softmax gives
-nan and `scaled_dot_product_attention` gives zeros (torch's CPU kernels since 2.5, and so do the rules
-of `graphopt.executor.backends`). A mask that is surely finite (`ranges`) needs no care; beside any
+nan and `scaled_dot_product_attention` gives zeros (torch's CPU kernels, and so do the rules of
+`graphopt.executor.backends`). A mask that is surely finite (`ranges`) needs no care; beside any
 other the nan is kept: `where(amax(mask, -1) > -inf, attention, nan)`.
 
 Deliberately absent: boolean masks and `masked_fill` of the scores, ranks other than 4, operands
@@ -74,12 +74,14 @@ def _kept(facts: Facts, region: Region, sketch: Sketch, found: dict[str, list[Ed
     """The edits that leave the types of the exits alone. The op lays its result out as its query
     lies, which the product did not, and views carry that on.
     """
-    if not _keeps_exits(facts, region, found):
+    if found and not _keeps_exits(facts, region, found):
         for id in list(found):
             if not _keeps_exits(facts, region, {id: found[id]}):
                 del found[id]
                 sketch.decline(id, "an exit would be laid out otherwise")
         if not _keeps_exits(facts, region, found):
+            for id in found:
+                sketch.decline(id, "an exit would be laid out otherwise with the others")
             found.clear()
     for edits in found.values():
         sketch.edit(*edits)
