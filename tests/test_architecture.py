@@ -45,6 +45,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("analysis",),
     ("rewrite",),
     ("executor",),
+    ("costs",),
     ("planner",),
     ("adapters", "frontend", "macros", "store"),
     ("delta_document",),  # reads macros too

@@ -1,0 +1,213 @@
+"""How long a host takes: peak, bandwidth, and one small graph on every tier that is there.
+
+All candidates of a graph are called in turns, some calls each, and the median over the rounds counts:
+a neighbour that comes and goes meets all of them. Runs in a process of its own, because runtimes
+must not share one with requests while they are measured. Deliberately absent: what to make of it.
+"""
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from graphopt.analysis.facts import Facts, analyse
+from graphopt.costs.work import Sizes, Work, work_of
+from graphopt.executor.backend import Backend, BackendMissingError, Options, backends, passes_of
+from graphopt.executor.build import EagerBuilder, build_plan
+from graphopt.executor.fused import FusedBuilder
+from graphopt.executor.plan import Plan, Step, run_steps, value_key
+from graphopt.executor.runs import run_of, run_region
+from graphopt.graph import Graph
+from graphopt.rewrite import lower
+from graphopt.types import TensorType
+
+ROUNDS = 5
+TURN_S = 2e-3  # of one candidate in one round
+TURN_CALLS = 3  # and at least so many calls
+SEED = 7
+
+PEAK_SIDE = 768  # of square matrices: 7 MB, and enough work for every core
+WORKING_SETS = {"near": 1 << 18, "middle": 8 << 20, "far": 128 << 20}
+FUSED, EAGER = "fused", "eager"
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way to run a graph: a call to be timed, and the work of the calls it makes inside."""
+
+    backend: str
+    threads: int
+    calls: tuple[Work, ...]
+    call: Call
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """What a candidate took: the median of its rounds in seconds."""
+
+    backend: str
+    threads: int
+    calls: tuple[Work, ...]
+    seconds: float
+
+
+def host_figures(threads: Iterable[int]) -> dict[str, float]:
+    """Peak float32 operations and bandwidth, as coefficients by name."""
+    found: dict[str, float] = {}
+    for level, size in WORKING_SETS.items():
+        found[f"host.working_set.{level}"] = float(size)
+    for count in threads:
+        torch.set_num_threads(count)
+        name = f"host.threads_{count}"
+        a, b = torch.ones(PEAK_SIDE, PEAK_SIDE), torch.ones(PEAK_SIDE, PEAK_SIDE)
+        out = torch.empty_like(a)
+        seconds = _alone(partial(torch.mm, a, b, out=out))
+        found[f"{name}.peak"] = 2.0 * PEAK_SIDE**3 / seconds
+        for level, size in WORKING_SETS.items():
+            x, y, z = (torch.ones(size // 12) for _ in range(3))
+            seconds = _alone(partial(torch.add, x, y, out=z))
+            found[f"{name}.bandwidth.{level}"] = 12.0 * (size // 12) / seconds
+    return found
+
+
+def available(names: Iterable[str] | None = None) -> dict[str, Backend]:
+    """The backends whose libraries are there, but for those that take minutes to build."""
+    found = {}
+    for name, backend in backends().items():
+        if getattr(backend, "last_resort", False) or (names is not None and name not in names):
+            continue
+        try:
+            backend.version()
+        except BackendMissingError:
+            continue
+        found[name] = backend
+    return found
+
+
+def time_graph(
+    graph: Graph, sizes: Sizes, offered: Mapping[str, Backend], threads: Iterable[int], folder: Path
+) -> list[Timed]:
+    """Times the whole of `graph` on every tier; what a tier cannot run is left out."""
+    facts = analyse(graph)
+    found = list(_candidates(facts, sizes, offered, threads, folder))
+    return time_in_turns(found)
+
+
+def time_in_turns(candidates: list[Candidate], rounds: int = ROUNDS) -> list[Timed]:
+    """The median of each over rounds in which all have a turn."""
+    figures: list[list[float]] = [[] for _ in candidates]
+    with torch.inference_mode():
+        for turn in range(rounds):
+            order = range(len(candidates))
+            for i in order if turn % 2 else reversed(order):
+                torch.set_num_threads(candidates[i].threads)
+                figures[i].append(_turn(candidates[i].call))
+    return [
+        Timed(each.backend, each.threads, each.calls, median(took))
+        for each, took in zip(candidates, figures, strict=True)
+    ]
+
+
+def candidates_of_run(
+    facts: Facts, run: tuple[str, ...], sizes: Sizes, offered: Mapping[str, Backend],
+    threads: Iterable[int], folder: Path, reads: Mapping[str, torch.Tensor],
+) -> Iterator[Candidate]:  # fmt: skip
+    """One run of blocks as one region on every backend that takes it, for given values."""
+    region = run_region(facts, run)
+    args = [reads[value_key(ref)] for ref in region.reads]
+    values = tuple(sizes[name] for name in region.symbols)
+    constants = tuple(facts.graph.constants[name].tensor for name in region.consts)
+    for name, backend in offered.items():
+        if backend.unsupported(facts, region):
+            continue
+        for count in threads:
+            options = Options(count, 1, values)
+            choice = next(iter(backend.choices(facts, region, options)), options)
+            lowered = lower(facts, region, passes_of(backend))
+            place = Path(tempfile.mkdtemp(dir=folder))
+            try:
+                backend.build(lowered.facts, lowered.region, choice, place)
+                function = backend.load(place, constants, choice).function
+            finally:
+                shutil.rmtree(place, ignore_errors=True)
+            work = replace(work_of(lowered.facts, lowered.region, sizes), key=region.key)
+            yield Candidate(name, count, (work,), partial(function, *args, *values))
+
+
+def candidates_of_steps(
+    facts: Facts, steps: tuple[Step, ...], tier: str, sizes: Sizes, threads: Iterable[int],
+    reads: Mapping[str, torch.Tensor],
+) -> Iterator[Candidate]:  # fmt: skip
+    """A row of steps that need no build, for given values."""
+    works = [work_of(facts, run_region(facts, step.blocks), sizes) for step in steps]
+    footprint = sum(work.footprint_bytes for work in works)
+    calls = tuple(work.within(footprint) for work in works)
+    for count in threads:
+        yield Candidate(tier, count, calls, lambda: run_steps(steps, dict(reads), sizes))
+
+
+def rows_of_steps(facts: Facts, fused: FusedBuilder, eager: EagerBuilder) -> dict[str, Plan]:
+    """The plans of a graph on the tiers that need no build; `fused` only where it has a step."""
+
+    def make(facts: Facts, block: str) -> Step:
+        run = run_of(facts, block)
+        return (fused.prepare_run(facts, run) if run[0] == block else None) or eager(facts, block)
+
+    plans = {EAGER: build_plan(facts, 0, eager), FUSED: build_plan(facts, 0, make)}
+    if FUSED not in plans[FUSED].tiers():
+        del plans[FUSED]
+    return plans
+
+
+def values_of(facts: Facts, sizes: Sizes) -> dict[str, torch.Tensor]:
+    """Inputs of a graph by name, the same every time."""
+    generator = torch.Generator().manual_seed(SEED)
+    found = {}
+    for name, type_ in facts.graph.inputs:
+        assert isinstance(type_, TensorType)
+        shape = [dim if isinstance(dim, int) else sizes[str(dim)] for dim in type_.shape]
+        if type_.is_float:
+            found[name] = torch.randn(*shape, generator=generator)
+        else:
+            found[name] = torch.randint(0, 2, shape, generator=generator)
+    return found
+
+
+def _candidates(
+    facts: Facts, sizes: Sizes, offered: Mapping[str, Backend], threads: Iterable[int], folder: Path
+) -> Iterator[Candidate]:
+    reads, counts = values_of(facts, sizes), list(threads)
+    for tier, plan in rows_of_steps(facts, FusedBuilder(), EagerBuilder()).items():
+        row = plan.steps
+        if tier == FUSED and plan.tiers().get(EAGER):
+            continue  # of a mixture, the share of each is unknown
+        yield from candidates_of_steps(facts, row, tier, sizes, counts, reads)
+    blocks = tuple(
+        block for step in build_plan(facts, 0, EagerBuilder()).steps for block in step.blocks
+    )
+    yield from candidates_of_run(facts, blocks, sizes, offered, counts, folder, reads)
+
+
+def _turn(call: Call) -> float:
+    """The median of a turn's calls, after one that does not count."""
+    call()
+    took: list[float] = []
+    start = now = time.perf_counter()
+    while len(took) < TURN_CALLS or now - start < TURN_S:
+        before = now
+        call()
+        now = time.perf_counter()
+        took.append(now - before)
+    return median(took)
+
+
+def _alone(call: Call) -> float:
+    return median(_turn(call) for _ in range(ROUNDS))
