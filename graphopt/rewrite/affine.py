@@ -1,9 +1,9 @@
 """Affine folding: what is affine in one operand with constant matrices becomes one linear.
 
 A low-rank adapter on a linear layer is `x W' + s * (x A') B'`: one matrix `W + s B A`. Two linears
-with no activation between them are one, as are a scale before or after a linear, a constant that is
-added to it, and sums of such values. The law: composition and sums of affine maps are affine maps.
-Matrices are computed in float64 and rounded once. A row that holds an infinity stays one that is
+with no activation between them are one, as are a linear and a scale of its value, constants that are
+added before or after it, and sums of such values. The law: composition and sums of affine maps are
+affine maps. Matrices are computed in float64 and rounded once. A row that holds an infinity stays one that is
 not finite, though an infinity may come out as nan or the other way round.
 
 How it is found: every value has a *form* for each operand it is affine in, by one walk in
@@ -11,7 +11,9 @@ topological order. From the last node backward, a node whose form saves multiply
 equal multiply-adds) takes the form that saves the most; what lies inside it has no other reader.
 
 Deliberately absent: `x + linear(x)` (a residual costs nothing behind a linear, and an identity in
-its weight costs precision), convolutions and embeddings with adapters, weights that are not float32.
+its weight costs precision), a gain in front of a linear (a pass over the rows costs less than a copy
+of the weight: norms in front of tied heads), convolutions and embeddings with adapters, weights that
+are not float32.
 """
 
 from dataclasses import dataclass
@@ -35,21 +37,14 @@ WORK_MAX = 1 << 34  # multiply-adds to compute one folded weight: some seconds o
 
 @dataclass(frozen=True, slots=True)
 class Map:
-    """An affine map: `matrix` [out, in] (None: diagonal, `scale`), then `bias`.
+    """An affine map: `matrix` [out, in] (None: the identity), then `bias`.
 
-    `scale` is a tensor as soon as something was scaled; `weight` is the constant that `matrix` is,
-    where it is one as it stands.
+    `weight` is the constant that `matrix` is, where it is one as it stands.
     """
 
     matrix: Tensor | None = None
-    scale: Tensor | float = 1.0
     bias: Tensor | None = None
     weight: Const | None = None
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether nothing was done to the operand yet."""
-        return self.matrix is None and self.bias is None and not isinstance(self.scale, Tensor)
 
 
 def fold_affine(facts: Facts, region: Region) -> Rewrite:
@@ -110,7 +105,7 @@ def _fold(facts: Facts, sketch: Sketch, top: Node, form: Form) -> str:
 def _map(graph: Graph, form: Form) -> Map:
     """The map of a form, in float64 wherever something was computed.
 
-    Recursive: a form is as deep as `FORMS_MAX` products, with what stands between them.
+    Recursive: a form is no deeper than `NODES_MAX` nodes.
     """
     parts = [_map(graph, part) for part in form.parts]
     match form.kind:
@@ -125,14 +120,14 @@ def _map(graph: Graph, form: Form) -> Map:
             shift = _value(graph, form.constant) * form.factor
             (part,) = parts
             bias = shift if part.bias is None else part.bias.double() + shift
-            return Map(part.matrix, part.scale, torch.as_tensor(bias), part.weight)
+            return Map(part.matrix, torch.as_tensor(bias), part.weight)
         case "sum":
             left, right = parts[0], _scaled(parts[1], _value(graph, form.factor))
             assert left.matrix is not None
             assert right.matrix is not None
             biases = [part.bias.double() for part in (left, right) if part.bias is not None]
             total = sum(biases[1:], biases[0]) if biases else None
-            return Map(left.matrix.double() + right.matrix, bias=total)
+            return Map(left.matrix.double() + right.matrix, total)
         case "product":
             return _product(graph, form.node, parts[0])
 
@@ -146,25 +141,20 @@ def _product(graph: Graph, node: Node | None, inner: Map) -> Map:
     added = bound[bias] if bias else None
     kept = bound[matrix] if node.op == LINEAR else None
     total = own = None if added is None else _value(graph, added)
-    if inner.is_identity:
-        return Map(weight, bias=own, weight=kept)
-    wide = weight.double()
     if inner.bias is not None:
+        wide = weight.double()
         carried = wide @ inner.bias.double().expand(wide.shape[1])
         total = carried if own is None else carried + own
     if inner.matrix is not None:
-        return Map(wide @ inner.matrix.double(), bias=total)
-    if isinstance(inner.scale, Tensor):
-        return Map(wide * inner.scale, bias=total)
-    return Map(weight, bias=total, weight=kept)
+        return Map(weight.double() @ inner.matrix.double(), total)
+    return Map(weight, total, kept)
 
 
 def _scaled(inner: Map, factor: Tensor) -> Map:
     bias = None if inner.bias is None else inner.bias.double() * factor
-    if inner.matrix is None:
-        return Map(None, inner.scale * factor, bias)
+    assert inner.matrix is not None
     column = factor.unsqueeze(-1) if factor.dim() else factor
-    return Map(inner.matrix.double() * column, bias=bias)
+    return Map(inner.matrix.double() * column, bias)
 
 
 def _value(graph: Graph, given: float | Const) -> Tensor:

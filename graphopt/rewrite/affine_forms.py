@@ -157,6 +157,7 @@ class Forms:
                 size=part.size, nodes=part.nodes + 1, macs=part.macs, work=part.work,
             )
             for root, part in parts.items()
+            if part.size is not None or kind != "scale"
         }  # fmt: skip
 
     def _scale(self, node: Node, left: Arg, right: Arg) -> dict[Ref, Form]:

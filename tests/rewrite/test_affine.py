@@ -99,10 +99,9 @@ def test_of_three_linears_the_two_that_save_most_are_folded() -> None:
     assert lowered.region.order == ("first", "third")
 
 
-def test_scales_and_constants_before_and_behind_a_linear_are_part_of_it() -> None:
+def test_constants_before_a_linear_and_scales_and_constants_behind_it_are_part_of_it() -> None:
     b = Builder()
-    x = b.node("pre", "mul.Tensor", Ref("x"), b.weight("gains", 4))
-    x = b.node("shift", "add.Tensor", b.node("half", "div.Scalar", x, 2.0), b.weight("c", 1, 4))
+    x = b.node("shift", "add.Tensor", Ref("x"), b.weight("c", 1, 4))
     y = b.node("product", "mm.default", x, b.weight("w", 4, 5))
     y = b.node("layer_scale", "mul.Tensor", b.weight("gamma", 5), y)
     y = b.node("less", "sub.Tensor", b.node("neg", "neg.default", y), 1.5, alpha=2)
@@ -148,6 +147,12 @@ def test_a_tied_weight_is_found_by_either_name() -> None:
 
 
 # -- what is not
+
+
+def test_a_gain_in_front_of_a_linear_costs_less_than_a_copy_of_its_weight() -> None:
+    b = Builder()
+    y = b.linear("head", b.node("gain", "mul.Tensor", Ref("x"), b.weight("g", 4)), 4, 4)
+    assert ops(folded(b, y)) == ["mul", "linear"]
 
 
 def test_a_value_that_is_read_elsewhere_or_handed_out_is_not_folded_away() -> None:
