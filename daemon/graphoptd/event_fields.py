@@ -87,6 +87,7 @@ FIELDS: Mapping[str, Field] = _fields(
         "trial, known_cost, watch, fault or superseded",
         "what a decision rests on",
     ),
+    ("rewrites", "string", "text", "passes that changed a region before it was built, with edits"),
     ("options", "string", "text", "how a candidate is to run: threads, shapes, settings"),
     ("policy", "string", "idle, autogroup or nice", "how the builder is scheduled"),
     ("last_words", "string", "text", "what a process wrote before it ended"),

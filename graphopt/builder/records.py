@@ -56,6 +56,7 @@ class Answer:
         artifact_bytes: of the files in the folder.
         resident_bytes: memory of the loaded artifact beyond mapped files, as the backend says.
         unsupported: nodes the backend cannot run, with reasons.
+        rewrites: passes that changed the region before it was built, each with its edits.
     """
 
     ok: bool
@@ -74,6 +75,7 @@ class Answer:
     artifact_bytes: int | None = None
     resident_bytes: int | None = None
     unsupported: tuple[tuple[str, str], ...] = ()
+    rewrites: tuple[tuple[str, int], ...] = ()
 
     def document(self) -> dict[str, Any]:
         """As JSON values; `answer_of` reads it back."""
@@ -82,8 +84,11 @@ class Answer:
 
 def answer_of(document: Mapping[str, Any]) -> Answer:
     """The answer that `Answer.document` wrote."""
-    pairs = tuple((node, reason) for node, reason in document["unsupported"])
-    return Answer(**{**document, "unsupported": pairs})
+    pairs = {
+        name: tuple((first, second) for first, second in document[name])
+        for name in ("unsupported", "rewrites")
+    }
+    return Answer(**{**document, **pairs})
 
 
 def finite(value: float) -> float | None:

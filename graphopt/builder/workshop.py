@@ -6,6 +6,7 @@ An artifact that leaves here was loaded and run in this process before the servi
 
 import gc
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib import import_module
@@ -46,7 +47,7 @@ from graphopt.executor.fused import FusedBuilder
 from graphopt.executor.plan import Step
 from graphopt.executor.runs import eager_run, run_region
 from graphopt.executor.verify import verify_step
-from graphopt.rewrite import lower
+from graphopt.rewrite import PassStep, lower
 
 UNSUPPORTED_NAMED_MAX = 64  # nodes with reasons in one answer
 
@@ -93,10 +94,12 @@ class Workshop:
             self._check_quarantine(region, job["backend"], runtime, options)
             announce(region, weights, runtime)
             _take_folder(folder)
+            steps: tuple[PassStep, ...] = ()
             try:
                 watch(BUILD)
                 start_s = self._clock()
                 lowered = _guard(BUILD, lambda: lower(facts, region, passes_of(backend)))
+                steps = lowered.steps
                 _guard(
                     BUILD,
                     lambda: backend.build(lowered.facts, lowered.region, options, folder),
@@ -119,6 +122,7 @@ class Workshop:
                 answer, version=runtime, build_s=build_s,
                 cpu_s=self._cpu_clock() - start_cpu_s, artifact_bytes=size,
                 resident_bytes=loaded.resident_bytes if loaded is not None else None,
+                rewrites=_edits(steps),
             )  # fmt: skip
 
         return self._judged(version, job, run)
@@ -241,6 +245,13 @@ def _backend(name: str, facts: Facts, region: Region) -> tuple[Backend, str]:
         reason = f"{name} cannot run {len(nodes)} nodes, first {pairs[0][0]}: {pairs[0][1]}"
         raise _FailedError(Answer(False, UNSUPPORTED, reason, version=version, unsupported=pairs))
     return backend, version
+
+
+def _edits(steps: tuple[PassStep, ...]) -> tuple[tuple[str, int], ...]:
+    totals: Counter[str] = Counter()
+    for step in steps:
+        totals[step.name] += step.edits
+    return tuple((name, count) for name, count in totals.items() if count)
 
 
 def _take_folder(folder: Path) -> None:

@@ -78,6 +78,7 @@ def _tell(model: LiveModel, revision: int, piece: Piece, answer: Answer) -> None
         fields = {
             "options": piece.options.label, "build_s": answer.build_s, "cpu_s": answer.cpu_s,
             "artifact_bytes": answer.artifact_bytes,
+            "rewrites": ", ".join(f"{name} {edits}" for name, edits in answer.rewrites) or None,
         }  # fmt: skip
         events("plan.built", {**about, **{k: v for k, v in fields.items() if v is not None}})
     proof = {**about, "max_error": answer.max_error, "allowed": answer.allowed}

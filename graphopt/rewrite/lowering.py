@@ -17,17 +17,32 @@ from graphopt.analysis.regions import Region, build_region
 from graphopt.delta import Delta, RemoveNode, apply_fully
 from graphopt.errors import GraphoptError
 from graphopt.graph import Graph
+from graphopt.rewrite.affine import fold_affine
+from graphopt.rewrite.attention import recognise_attention
+from graphopt.rewrite.cleaning import clean
+from graphopt.rewrite.folding import fold_constants
 from graphopt.rewrite.merging import merge_linears
+from graphopt.rewrite.norms import fold_batch_norms
 from graphopt.rewrite.rewrite import Declined, Pass
 from graphopt.rewrite.rows import push_rows
+from graphopt.rewrite.sharing import share_equal
 
-PASSES: Mapping[str, Pass] = {"rows": push_rows, "merge": merge_linears}
+PASSES: Mapping[str, Pass] = {
+    "clean": clean,
+    "constants": fold_constants,
+    "affine": fold_affine,
+    "norms": fold_batch_norms,
+    "attention": recognise_attention,
+    "share": share_equal,
+    "rows": push_rows,
+    "merge": merge_linears,
+}
 VERSION = 1  # of what the passes do together: an artifact of another one is built again
 ROUNDS_MAX = 4  # one pass may make room for another; each settles by itself
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class PassStep:
     """What one pass did to a region: how many edits, or why it left places alone."""
 
     name: str
@@ -47,7 +62,7 @@ class Lowered:
     facts: Facts
     region: Region
     sources: Mapping[str, tuple[str, ...]]
-    steps: tuple[Step, ...]
+    steps: tuple[PassStep, ...]
 
     @property
     def graph(self) -> Graph:
@@ -71,7 +86,7 @@ def lower(facts: Facts, region: Region, passes: Mapping[str, Pass] | None = None
 def _after(lowered: Lowered, name: str, run: Pass, original: Region) -> Lowered:
     facts = lowered.facts
     rewrite = run(facts, lowered.region)
-    step = Step(name, len(rewrite.delta.edits), rewrite.declined)
+    step = PassStep(name, len(rewrite.delta.edits), rewrite.declined)
     if not rewrite:
         return replace(lowered, steps=(*lowered.steps, step))
     try:

@@ -8,8 +8,9 @@ import torch
 
 from graphopt.analysis.facts import Facts
 from graphopt.analysis.regions import Region, build_region
-from graphopt.executor.backend import Backend, Loaded, Options
+from graphopt.executor.backend import Backend, Loaded, Options, passes_of
 from graphopt.graph import Const, Graph, Ref
+from graphopt.rewrite import lower
 from helpers.graphs import reference
 
 Case = tuple[Any, ...]  # op, *args, keywords as a last dict
@@ -26,6 +27,17 @@ def built(backend: Backend, facts: Facts, region: Region, options: Options, fold
     """The region built into `folder`, which is made, and loaded from it."""
     folder.mkdir()
     backend.build(facts, region, options, folder)
+    return backend.load(folder, [facts.graph.constants[n].tensor for n in region.consts], options)
+
+
+def lowered_and_built(
+    backend: Backend, facts: Facts, region: Region, options: Options, folder: Path
+) -> Loaded:
+    """As the builder does it: rewritten first, and loaded with the user's constants alone."""
+    lowered = lower(facts, region, passes_of(backend))
+    assert [step.fault for step in lowered.steps if step.fault] == []
+    folder.mkdir()
+    backend.build(lowered.facts, lowered.region, options, folder)
     return backend.load(folder, [facts.graph.constants[n].tensor for n in region.consts], options)
 
 

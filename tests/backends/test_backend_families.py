@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from regions_built import built
+from regions_built import lowered_and_built
 
 from frontend import zoo
 from graphopt.analysis.facts import Facts, analyse
@@ -56,7 +56,7 @@ def candidate(
 ) -> Step:
     backend, region = backends()[name], run_region(facts, run)
     assert backend.unsupported(facts, region) == {}
-    loaded = built(backend, facts, region, options, folder)
+    loaded = lowered_and_built(backend, facts, region, options, folder)
     return bind_run(facts, run, region, name, loaded.function, ())
 
 
