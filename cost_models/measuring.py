@@ -1,15 +1,17 @@
 """How long a host takes: peak, bandwidth, and one small graph on every tier that is there.
 
-All candidates of a graph are called in turns, some calls each, and the median over the rounds counts:
-a neighbour that comes and goes meets all of them. Runs in a process of its own, because runtimes
+All candidates of a graph are called in turns, some calls each, and the lower quartile over the rounds
+counts: a neighbour that comes and goes meets all of them, and can only make a round slower. Rounds in
+which a thread had to wait for a processor are tried again. Runs in a process of its own, because runtimes
 must not share one with requests while they are measured. Deliberately absent: what to make of it.
 """
 
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -18,6 +20,7 @@ from typing import Any
 import torch
 
 from graphopt.analysis.facts import Facts, analyse
+from graphopt.costs.plan_cost import as_given
 from graphopt.costs.work import Sizes, Work, work_of
 from graphopt.executor.backend import Backend, BackendMissingError, Options, backends, passes_of
 from graphopt.executor.build import EagerBuilder, build_plan
@@ -28,7 +31,10 @@ from graphopt.graph import Graph
 from graphopt.rewrite import lower
 from graphopt.types import TensorType
 
-ROUNDS = 5
+ROUNDS = 6
+PATIENCE = 3  # times as many rounds are tried where some are disturbed
+WAITED_MAX = 0.03  # of a turn: beyond that somebody else had the processor
+REST_S = 2e-3  # before a turn: the threads of the candidate before spin for a while after its call
 TURN_S = 2e-3  # of one candidate in one round
 TURN_CALLS = 3  # and at least so many calls
 SEED = 7
@@ -51,7 +57,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """What a candidate took: the median of its rounds in seconds."""
+    """What a candidate took: the lower quartile of its rounds in seconds."""
 
     backend: str
     threads: int
@@ -102,17 +108,24 @@ def time_graph(
 
 
 def time_in_turns(candidates: list[Candidate], rounds: int = ROUNDS) -> list[Timed]:
-    """The median of each over rounds in which all have a turn."""
-    figures: list[list[float]] = [[] for _ in candidates]
+    """The lower quartile of each over rounds in which all have a turn."""
+    calm: list[list[float]] = [[] for _ in candidates]
+    rough: list[list[float]] = [[] for _ in candidates]
     with torch.inference_mode():
-        for turn in range(rounds):
+        for turn in range(rounds * PATIENCE):
             order = range(len(candidates))
             for i in order if turn % 2 else reversed(order):
-                torch.set_num_threads(candidates[i].threads)
-                figures[i].append(_turn(candidates[i].call))
+                if len(calm[i]) < rounds:
+                    torch.set_num_threads(candidates[i].threads)
+                    took_s, is_calm = _turn(candidates[i].call)
+                    (calm if is_calm else rough)[i].append(took_s)
+            if all(len(figures) >= rounds for figures in calm):
+                break
     return [
-        Timed(each.backend, each.threads, each.calls, median(took))
-        for each, took in zip(candidates, figures, strict=True)
+        Timed(
+            each.backend, each.threads, each.calls, _quartile(good if len(good) > 1 else good + bad)
+        )
+        for each, good, bad in zip(candidates, calm, rough, strict=True)
     ]
 
 
@@ -138,7 +151,7 @@ def candidates_of_run(
                 function = backend.load(place, constants, choice).function
             finally:
                 shutil.rmtree(place, ignore_errors=True)
-            work = replace(work_of(lowered.facts, lowered.region, sizes), key=region.key)
+            work = as_given(facts, region, sizes, name)
             yield Candidate(name, count, (work,), partial(function, *args, *values))
 
 
@@ -196,18 +209,40 @@ def _candidates(
     yield from candidates_of_run(facts, blocks, sizes, offered, counts, folder, reads)
 
 
-def _turn(call: Call) -> float:
-    """The median of a turn's calls, after one that does not count."""
+def _turn(call: Call) -> tuple[float, bool]:
+    """The median of a turn's calls, after one that does not count; and whether all threads had a
+    processor whenever they wanted one.
+    """
+    time.sleep(REST_S)
     call()
     took: list[float] = []
+    waited_s = _waited_s()
     start = now = time.perf_counter()
     while len(took) < TURN_CALLS or now - start < TURN_S:
         before = now
         call()
         now = time.perf_counter()
         took.append(now - before)
-    return median(took)
+    return median(took), _waited_s() - waited_s <= WAITED_MAX * (now - start)
 
 
 def _alone(call: Call) -> float:
-    return median(_turn(call) for _ in range(ROUNDS))
+    turns = [_turn(call) for _ in range(ROUNDS)]
+    return _quartile([took_s for took_s, is_calm in turns if is_calm] or [t for t, _ in turns])
+
+
+def _waited_s() -> float:
+    """Seconds that the threads of this process were ready and had no processor; 0 where the kernel
+    does not count that (Linux does: the second figure of schedstat).
+    """
+    total_ns = 0
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        with suppress(OSError, ValueError, IndexError):
+            total_ns += int(path.read_text().split()[1])
+    return total_ns * 1e-9
+
+
+def _quartile(figures: Sequence[float]) -> float:
+    """The lower quartile; of four or fewer the second smallest."""
+    ordered = sorted(figures)
+    return ordered[min(len(ordered) - 1, max(1, len(ordered) // 4))] if ordered else 0.0

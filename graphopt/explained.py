@@ -18,8 +18,10 @@ from graphopt.tables import (
 
 Record = Mapping[str, Any]
 
-STEP_HEAD = ("step", "blocks", "nodes", "tier", "options", "key", "why")
-STEP_NUMBERS = ("blocks", "nodes")
+STEP_HEAD = (
+    "step", "blocks", "nodes", "tier", "options", "predicted", "measured", "key", "why",
+)  # fmt: skip
+STEP_NUMBERS = ("blocks", "nodes", "predicted", "measured")
 CANDIDATE_HEAD = (
     "candidate", "state", "ratio", "latency", "build", "memory", "revision", "why",
 )  # fmt: skip
@@ -58,6 +60,7 @@ def step_rows(explanation: Record) -> list[tuple[Any, ...]]:
     return [
         (
             row["block"], row["blocks"], row["nodes"], row["tier"], row["options"] or None,
+            predicted_word(row), _shown(row["measured_s"], short_seconds_word),
             row["key"][:_HASH_CHARS], row["reason"],
         )
         for row in explanation["steps"]
@@ -74,6 +77,14 @@ def candidate_rows(explanation: Record) -> list[tuple[Any, ...]]:
         )
         for row in explanation["candidates"]
     ]  # fmt: skip
+
+
+def predicted_word(row: Record) -> str | None:
+    """A prediction and its band: `3.1 ms (2.7 to 3.6)`; None where there is none."""
+    if row["predicted_s"] is None:
+        return None
+    low, high = (row[f"predicted_{end}_s"] / row["predicted_s"] for end in ("low", "high"))
+    return f"{short_seconds_word(row['predicted_s'])} ({low:.2f}x to {high:.2f}x)"
 
 
 def pin_line(pin: Record) -> str:

@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from graphopt.builder.workshop import register
+from graphopt.costs.model import CostModel
 from graphopt.delta import Delta
 from graphopt.engine.builder_files import BlobConstants, ScratchConstants
 from graphopt.engine.builder_link import BuilderLink, BuilderSettings, BuilderStatus
 from graphopt.engine.campaign import Campaign, Means
+from graphopt.engine.costs import Costs
 from graphopt.engine.findings import Findings
 from graphopt.engine.improve import FusedStage
 from graphopt.engine.live import Clocks, LiveModel
@@ -78,6 +80,7 @@ class BetterPath:
         shelf: Shelf,
         folder: Path | None,
         find_blob: FindBlob | None,
+        cost_model: CostModel | None = None,
     ) -> None:
         """Starts no process before the first job.
 
@@ -89,6 +92,7 @@ class BetterPath:
             folder: of the state, for artifacts, quarantine and pins; None keeps them in a temporary
                 folder as long as the engine lives.
             find_blob: where a model's constant lies as a file, where there is a state folder.
+            cost_model: predicts what is not measured; None predicts nothing.
         """
         self.settings = settings
         self._background = background
@@ -114,9 +118,13 @@ class BetterPath:
             )  # fmt: skip
         self._fused = FusedStage(shelf, self.link)
         self.supply = Supply(home, settings, clocks)
-        self._means = Means(
-            self._fused, self.link, self.supply, self.pins, settings.intra_op, settings.threads
+        self.costs = Costs(
+            cost_model, self.supply, settings.intra_op, settings.threads, clocks.monotonic_s
         )
+        self._means = Means(
+            self._fused, self.link, self.supply, self.pins, settings.intra_op, settings.threads,
+            self.costs,
+        )  # fmt: skip
         self._background.submit_after(TICK_S, "tick", self._tick)
 
     # -- what the host tells

@@ -18,6 +18,7 @@ from typing import Any
 from graphopt.analysis.facts import Facts
 from graphopt.engine.assembly import Keyed, Piece, artifact_key, overlays_of, pieces_of
 from graphopt.engine.builder_link import BuilderLink
+from graphopt.engine.costs import Costs
 from graphopt.engine.findings import (
     Finding,
     Findings,
@@ -55,6 +56,7 @@ class Means:
     pins: Pins
     threads: int
     streams: int
+    costs: Costs
 
 
 class Campaign:
@@ -362,6 +364,7 @@ class Campaign:
         """Everything proposed was looked at: what runs is remembered, and what lies under it goes."""
         chosen = self.findings.chosen
         published = self.model.arrangement_of(facts)
+        self._means.costs.measure(self.model, facts, published)
         if chosen is not None and published.overlays:
             self._means.supply.remember(self.model.name, facts, chosen.label, published)
             self.model.lighten(facts)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from graphopt.costs.model import CostModel
 from graphopt.delta import Delta
 from graphopt.delta_document import decode_delta
 from graphopt.documents import from_value, load_json, load_yaml
@@ -28,7 +29,8 @@ class Engine:
     """A live graph: call it like the module it came from, edit it while it runs.
 
     `graph` None takes up what `state_dir` holds. With both, a state folder that has the model
-    already wins: its deltas are not lost by starting the same program again. A context manager.
+    already wins: its deltas are not lost by starting the same program again. `cost_model` None takes
+    the installed default. A context manager.
     Raises StateError subclasses and TypeMismatchError.
     """
 
@@ -36,10 +38,10 @@ class Engine:
         self,
         graph: Graph | None = None,
         settings: EngineSettings | None = None,
-        cost_model: None = None,
+        cost_model: CostModel | None = None,
         state_dir: str | Path | None = None,
     ) -> None:
-        self.host = Host(settings, state_dir)
+        self.host = Host(settings, state_dir, cost_model=cost_model)
         self._intra_op = self.host.settings.intra_op
         self._seats = Seats(self.host.settings.threads, self.host.clocks.monotonic_s)
         self._signature: tuple[Graph | None, Signature | None] = (None, None)

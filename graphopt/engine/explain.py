@@ -9,7 +9,9 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from graphopt.analysis.blocks import CONTEXT
+from graphopt.costs.plan_cost import StepCost
 from graphopt.engine.builder_jobs import BuilderStatus
+from graphopt.engine.costs import sizes_of
 from graphopt.engine.findings import Finding, State
 from graphopt.engine.pins import HeldPin, Pin
 from graphopt.executor.plan import Step
@@ -33,6 +35,9 @@ class StepLine:
         options: how the tier runs it; empty where it has no choice.
         key: structure key of its region.
         reason: why it runs on that tier.
+        predicted_s: seconds as the cost model says, None where it cannot; with the band in which nine
+            of ten lie.
+        measured_s: seconds as timed while no request ran; None where it was not.
     """
 
     block: str
@@ -42,6 +47,10 @@ class StepLine:
     options: str
     key: str
     reason: str
+    predicted_s: float | None = None
+    predicted_low_s: float | None = None
+    predicted_high_s: float | None = None
+    measured_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,19 +107,31 @@ class Explanation:
 
 def explain(host: "Host", model: "LiveModel") -> Explanation:
     """The explanation of the published plan."""
-    plan, findings = model.slot.plan, host.better.findings(model.name)
+    arrangement, facts = model.arrangement, model.facts
+    plan, findings = arrangement.plan, host.better.findings(model.name)
+    is_current = plan.graph is facts.graph  # a delta may land beside us
+    costs = host.better.costs.steps(facts, arrangement, sizes_of(model)) if is_current else None
+    nothing = [StepCost(None, None)] * len(plan.steps)
     pin, chosen = host.better.pins.held(model.name), findings.chosen
     return Explanation(
         model.name, plan.revision, plan.id, plan.graph.hash, model.switch.phase,
-        tuple(_line(step, _reason(host, model, step, chosen, pin)) for step in plan.steps),
+        tuple(
+            _line(step, _reason(host, model, step, chosen, pin), cost)
+            for step, cost in zip(plan.steps, costs or nothing, strict=True)
+        ),
         tuple(map(_candidate, findings)), pin, host.better.status(),
     )  # fmt: skip
 
 
-def _line(step: Step, reason: str) -> StepLine:
+def _line(step: Step, reason: str, cost: StepCost) -> StepLine:
     block = "context" if step.block == CONTEXT else step.block
     n_blocks, n_nodes = len(step.blocks), len(step.nodes)
-    return StepLine(block, n_blocks, n_nodes, step.tier, step.options, step.key, reason)
+    said = cost.predicted
+    return StepLine(
+        block, n_blocks, n_nodes, step.tier, step.options, step.key, reason,
+        said.seconds if said else None, said.low_s if said else None,
+        said.high_s if said else None, cost.measured_s,
+    )  # fmt: skip
 
 
 def _reason(

@@ -7,10 +7,12 @@ import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from graphopt.costs.model import CostModel, default_model
 from graphopt.delta import Delta
 from graphopt.draft import Draft
 from graphopt.engine.better_path import BetterPath
@@ -40,7 +42,9 @@ class Host:
         settings: EngineSettings | None = None,
         state_dir: str | Path | None = None,
         clocks: Clocks = SYSTEM_CLOCKS,
+        cost_model: CostModel | None = None,
     ) -> None:
+        """`cost_model` None takes the default one that is installed, if any."""
         self.settings = settings or EngineSettings()
         self.clocks = clocks
         self._eager = EagerBuilder()
@@ -60,6 +64,8 @@ class Host:
             clocks.monotonic_s,
         )
         try:
+            if cost_model is None:
+                cost_model = default_model(self.folder.path if self.folder is not None else None)
             self.better = BetterPath(
                 self.settings,
                 clocks,
@@ -67,6 +73,7 @@ class Host:
                 self._shelf,
                 self.folder.path if self.folder is not None else None,
                 self._journal.blob_path if self._journal is not None else None,
+                cost_model,
             )
         except BaseException:
             self._let_go()
@@ -185,7 +192,7 @@ class Host:
 
     def _make(self, name: str, recovered: Recovered) -> LiveModel:
         ledger = self._journal or self._memory
-        return LiveModel(
+        model = LiveModel(
             name,
             recovered,
             self._eager,
@@ -195,6 +202,8 @@ class Host:
             ledger,
             self._schedule,
         )
+        model.foresee = partial(self.better.costs.foresee, model)
+        return model
 
     def _add(self, model: LiveModel, event: str, **fields: str) -> LiveModel:
         self._models[model.name] = model

@@ -22,7 +22,14 @@ from graphopt.engine.captured import Captured
 from graphopt.engine.identity import delta_digest
 from graphopt.engine.interface import changes_interface, check_interface, check_outputs
 from graphopt.engine.ledger import HISTORY_LINES_MAX, Commit, Ledger, Recovered
-from graphopt.engine.records import Applied, DryRun, EngineSettings, Result, RevisionInfo
+from graphopt.engine.records import (
+    Applied,
+    DryRun,
+    EngineSettings,
+    Foreseen,
+    Result,
+    RevisionInfo,
+)
 from graphopt.engine.shelf import Shelf
 from graphopt.errors import DeltaError, DuplicateDeltaError, GraphoptError, PreconditionError
 from graphopt.executor.arrangement import Arrangement
@@ -38,6 +45,9 @@ from graphopt.limits import REVISIONS_KEPT_MAX
 
 SWITCH_DWELL_S = 2.0  # a plan stays at least so long: about a hundred requests of a model of 20 ms
 SUMMARY_EDITS_MAX = 3  # edits that one line of `history` names
+
+
+Foresee = Callable[[Facts, Arrangement, Facts, Arrangement], Foreseen | None]
 
 
 class MovedOnError(Exception):
@@ -79,6 +89,7 @@ class LiveModel:
         self._clocks = clocks
         self._improve = improve
         self.attend: Callable[[], None] = _nobody  # has the switch looked after, soon
+        self.foresee: Foresee = _nothing
         self._writing = threading.RLock()
         self._unproven = set(self.facts.regions)  # blocks the better path has not looked at
         self._history: deque[RevisionInfo] = deque(recovered.history, maxlen=HISTORY_LINES_MAX)
@@ -205,7 +216,9 @@ class LiveModel:
         """What `apply` would do; raises what it would raise."""
         with self._writing:
             applied, new = self._next(delta)
-        facts, graph = self.facts, applied.graph
+            facts, old = self.facts, self.arrangement
+        graph = applied.graph
+        after, _ = old.after(new, old.plan.revision + 1, self.live_step)
         have = {constant.digest for constant in facts.graph.constants.values()}
         staged = {
             name: graph.constants[name]
@@ -220,6 +233,7 @@ class LiveModel:
             len(new.facts.regions) - len(_replanned(new)),
             sum(c.tensor.nbytes for c in staged.values() if c.digest not in have),
             changes_interface(facts, new.facts),
+            self.foresee(facts, old, new.facts, after),
         )
 
     def rollback(self, revision: int) -> Applied:
@@ -463,6 +477,10 @@ class LiveModel:
 
 def _nobody() -> None:
     """Nobody looks after the switch of a model that is not on the better path."""
+
+
+def _nothing(*_: object) -> None:
+    """What a model of no host foresees."""
 
 
 def _replanned(new: Update) -> frozenset[str]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from graphopt.costs.plan_cost import PlanCost
 from graphopt.engine.thread_budget import usable_cpus
 
 EventSink = Callable[[str, Mapping[str, Any]], None]
@@ -50,6 +51,22 @@ class EngineSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class Foreseen:
+    """What a delta changes, in seconds a request at `sizes`; None where it cannot be predicted.
+
+    Attributes:
+        before: the plan as it runs.
+        live: what would run as soon as the delta is applied.
+        settled: what would run once the regions it drops are built again on their runtimes.
+    """
+
+    sizes: Mapping[str, int]
+    before: PlanCost | None
+    live: PlanCost | None
+    settled: PlanCost | None
+
+
+@dataclass(frozen=True, slots=True)
 class Result:
     """The answer to one request: `outputs` by name, and the revision and plan that computed them."""
 
@@ -84,7 +101,8 @@ class Applied:
 class DryRun:
     """What a delta would do.
 
-    `nodes` and `blocks` are ids; `staged_bytes` counts constants that are not there yet.
+    `nodes` and `blocks` are ids; `staged_bytes` counts constants that are not there yet; `cost` says
+    what a request takes before and after, in the shape that is asked for most.
     """
 
     revision: int
@@ -94,6 +112,7 @@ class DryRun:
     blocks_reused: int
     staged_bytes: int
     changes_interface: bool
+    cost: Foreseen | None = None
 
 
 @dataclass(frozen=True, slots=True)

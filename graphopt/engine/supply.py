@@ -19,7 +19,7 @@ from graphopt.engine.assembly import Keyed, Piece, artifact_key
 from graphopt.engine.builder_jobs import BuildJob
 from graphopt.engine.fingerprint import host_fingerprint
 from graphopt.engine.live import Clocks
-from graphopt.engine.measured import KnownPlan, Measured
+from graphopt.engine.measured import Cost, CostKey, KnownPlan, Measured
 from graphopt.engine.records import EngineSettings
 from graphopt.engine.shelf import Candidate, Shelf
 from graphopt.errors import GraphoptError
@@ -140,6 +140,14 @@ class Supply:
     def prove(self, label: str, structures: frozenset[str]) -> None:
         """That way of running was chosen by trial with these structures."""
         self._measured.prove(label, structures)
+
+    def cost(self, key: CostKey) -> Cost | None:
+        """What was measured for a region on this host; any thread may ask."""
+        return self._measured.cost(key)
+
+    def note_cost(self, key: CostKey, median_s: float, runs: int) -> None:
+        """Keeps a measured cost; `close` and `remember` write it."""
+        self._measured.note_cost(key, median_s, runs)
 
     def trim(self, used: Set[ArtifactKey]) -> bool:
         """Lets go of one artifact that no plan with a role runs; False when there is none to spare.
