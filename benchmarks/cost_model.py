@@ -54,7 +54,7 @@ from graphopt.planner.layout import chain, layers
 NETWORKS = ("bert-mini", "minilm", "resnet-18", "mobilenet-v2", "vit-tiny", "llama-mini")
 NODES_MIN = 2
 SAMPLES = 200
-ROUNDS = 3
+ROUNDS = 4
 SEED = 5
 CLOSE, GAP = 0.10, 0.10
 

@@ -115,7 +115,9 @@ def _linears(m: _Maker) -> Ref:
     inner = m.size(width, 2 * width, 4 * width)
     x = m.input(1, rows, width)
     for _ in range(m.size(1, 2)):
-        x = m.linear(m.linear(x, width, inner), inner, width)
+        # Two linears in a row would be folded into one
+        middle = m.op("relu.default", m.linear(x, width, inner))
+        x = m.op("relu.default", m.linear(middle, inner, width))
     return x
 
 
@@ -152,13 +154,14 @@ def _normalisation(m: _Maker) -> Ref:
 
 
 def _reduction(m: _Maker) -> Ref:
-    kind = m.size(0, 1, 2, 3)
-    if kind == 0:
+    if m.size(0, 1):
         return m.op("softmax.int", m.input(1, m.size(2, 8), m.size(40, 160), m.size(40, 160)), -1)
-    if kind == 1:
-        return m.op("mean.dim", m.input(1, m.size(16, 96, 320), m.size(128, 512)), (-1,), True)
-    x = m.input(1, m.size(32, 64, 160), m.size(7, 28, 56, 96), 56)
-    if kind == 2:
+    return m.op("mean.dim", m.input(1, m.size(16, 96, 320), m.size(128, 512)), (-1,), True)
+
+
+def _pooling(m: _Maker) -> Ref:
+    x = m.input(1, m.size(32, 64, 160), m.size(7, 28, 56, 96), m.size(28, 56))
+    if m.size(0, 1):
         return m.op("max_pool2d.default", x, (3, 3), (2, 2), (1, 1))
     return m.op("adaptive_avg_pool2d.default", x, (1, 1))
 
@@ -173,8 +176,15 @@ def _elementwise(m: _Maker) -> Ref:
 
 def _epilogue(m: _Maker) -> Ref:
     x = m.input(1, m.size(1, 16, 64, 192, 400), m.size(64, 256, 768))
-    for _ in range(m.size(1, 2, 3)):
-        x = m.op(m.random.choice(("gelu", "silu", "relu", "tanh", "neg", "rsqrt")) + ".default", x)
+    for _ in range(m.size(2, 3, 4)):
+        x = m.op(m.random.choice(("relu", "neg", "abs", "sqrt")) + ".default", x)
+    return x
+
+
+def _transcendental(m: _Maker) -> Ref:
+    x = m.input(1, m.size(1, 16, 64, 192, 400), m.size(64, 256, 768))
+    for _ in range(m.size(1, 2)):
+        x = m.op(m.random.choice(("gelu", "silu", "tanh", "sigmoid")) + ".default", x)
     return x
 
 
@@ -288,9 +298,10 @@ def _perceptron(m: _Maker) -> Ref:
 _MAKERS: dict[str, Callable[[_Maker], Ref]] = {
     "linear": _linears, "convolution": _convolutions, "depthwise": _depthwise,
     "attention": _attention, "normalisation": _normalisation, "reduction": _reduction,
-    "elementwise": _elementwise, "epilogue": _epilogue, "moving": _moving, "view": _view,
+    "pooling": _pooling, "elementwise": _elementwise, "epilogue": _epilogue,
+    "transcendental": _transcendental, "moving": _moving, "view": _view,
     "lookup": _lookup, "encoder": _encoder_layer, "decoder": _decoder_layer,
     "residual": _residual_block, "inverted": _inverted_residual, "perceptron": _perceptron,
 }  # fmt: skip
 _COUNTS = {"linear": 8, "convolution": 10, "depthwise": 6, "encoder": 7, "decoder": 5, "residual": 5,
-           "inverted": 6, "lookup": 3, "reduction": 6}  # fmt: skip
+           "inverted": 6, "lookup": 3, "elementwise": 4, "epilogue": 4}  # fmt: skip

@@ -56,7 +56,18 @@ class HostModel:
 
     def reload(self) -> Sequence[str]:
         """Reads the files again, whole or not at all; what was observed is kept."""
-        found = read_layers(layer_paths(self._calibration, self._operator))
+        return self.take(self.read(self._operator), self._operator)
+
+    def read(self, operator: Path | None) -> Coefficients:
+        """The coefficients with the operator's layers from a folder, without taking them over.
+
+        Raises DocumentError.
+        """
+        return read_layers(layer_paths(self._calibration, operator))
+
+    def take(self, found: Coefficients, operator: Path | None) -> Sequence[str]:
+        """Takes over what `read` read; names of the coefficients that changed."""
+        self._operator = operator
         changed = self.coefficients.changed(found)
         if changed or found.origins != self.coefficients.origins:
             self._take(found, self._parts[1])
@@ -70,15 +81,6 @@ class HostModel:
     def coefficients(self) -> Coefficients:
         """The coefficients in force."""
         return self._coefficients
-
-    @property
-    def operator_folder(self) -> Path | None:
-        """The folder of the operator's layers."""
-        return self._operator
-
-    @operator_folder.setter
-    def operator_folder(self, folder: Path | None) -> None:
-        self._operator = folder
 
     def _take(self, coefficients: Coefficients, learned: Residual) -> None:
         roofline = Roofline(coefficients)

@@ -14,7 +14,7 @@ import asyncio
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -24,6 +24,8 @@ from threading import Thread
 from typing import Any
 
 import graphopt
+from cost_models.coefficients import operator_files
+from cost_models.host_model import HostModel, calibration_path
 from graphopt.engine import EngineSettings, Host, LiveModel
 from graphopt.errors import GraphoptError
 from graphopt.executor.samples import sample_inputs
@@ -43,6 +45,8 @@ from graphoptd.settings import Settings
 from graphoptd.spool import Spool
 from graphoptd.systemd import Inherited
 
+COEFFICIENTS_NAMED_MAX = 16  # of a reload; a calibration changes hundreds
+
 
 class App:
     """Everything but the process.
@@ -57,6 +61,7 @@ class App:
     """
 
     host: Host
+    costs: HostModel
     data: DataServer
     control: ControlServer
 
@@ -142,7 +147,8 @@ class App:
             builder_floor_pct=builder.floor_pct,
             artifacts_bytes_max=builder.artifacts_bytes_max, events=events,
         )  # fmt: skip
-        self.host = Host(settings, state)
+        costs = self.costs = HostModel(calibration_path(state), self.settings.costs.path)
+        self.host = Host(settings, state, cost_model=costs)
         self.directory = HostDirectory(self.host, lambda: self.settings.repository)
         self.configured = ConfiguredModels(self.host, state)
         models = self.host.models().values()
@@ -226,6 +232,8 @@ class App:
             GraphoptError: the file, or a bundle that it adds, is no good; nothing has changed.
         """
         found = await asyncio.to_thread(config.reload, path, self.settings)
+        folder = found.settings.costs.path
+        layers = await asyncio.to_thread(self.costs.read, folder)
         names = self.configured.wanted(found.settings)
         graphs = {
             name: await asyncio.to_thread(self.configured.read, found.settings, name)
@@ -233,6 +241,7 @@ class App:
         }
         for name, graph in graphs.items():
             await asyncio.to_thread(self.configured.load, name, graph)
+        repriced = await asyncio.to_thread(self.costs.take, layers, folder)
         self.settings = found.settings
         self._logs.configure(found.settings.log)
         self.failures.period_s = found.settings.log.failures_period_s
@@ -241,8 +250,20 @@ class App:
             for key in found.live
             if key.startswith("models.") and key.removeprefix("models.") not in names
         )
-        live = tuple(key for key in found.live if key not in ignored)
+        live = tuple(key for key in found.live if key not in ignored) + _cost_keys(repriced)
         return replace(found, live=live, state=(*found.state, *ignored))
+
+    def cost_files(self) -> tuple[Path, ...]:
+        """The files that the cost model is made of, or would be if they were there."""
+        if not hasattr(self, "costs"):
+            return ()
+        found = [calibration_path(self.settings.state.path)]
+        folder = self.settings.costs.path
+        if folder is not None:
+            with suppress(GraphoptError):  # a reload says so
+                found += operator_files(folder)
+            found.append(folder)  # its own time stamp tells of files that come and go
+        return tuple(found)
 
     def statistics(self) -> Mapping[str, Any]:
         """Figures of the data plane by model, for `status` and `top`."""
@@ -272,6 +293,13 @@ class App:
     def models(self) -> Mapping[str, LiveModel]:
         """The live models."""
         return self.host.models() if hasattr(self, "host") else {}
+
+
+def _cost_keys(names: Sequence[str]) -> tuple[str, ...]:
+    """Coefficients as a reload lists them: the first ones, and how many more."""
+    listed = tuple(f"costs: {name}" for name in names[:COEFFICIENTS_NAMED_MAX])
+    more = len(names) - len(listed)
+    return (*listed, f"costs: and {more} more") if more else listed
 
 
 async def _on_own_thread(work: Callable[[], None]) -> None:

@@ -243,6 +243,13 @@ EVENTS: Mapping[str, Event] = _events(
         "",
     ),
     (
+        "cost.calibrated",
+        "info",
+        "this host was measured for the cost model; so many coefficients changed",
+        "path count duration_ms",
+        "peer_uid",
+    ),
+    (
         "config.reloaded",
         "info",
         "the configuration was taken over",

@@ -164,7 +164,8 @@ class Service:
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._proofs = proofs_of(self._app.host)
         if self._path is not None:
-            self._watch = Watch([self._path], self._on_change)
+            path, app = self._path, self._app
+            self._watch = Watch(lambda: (path, *app.cost_files()), self._on_change)
             self._watch.start()
         self._garbage.begin()
         self._notifier.ready(self._status())

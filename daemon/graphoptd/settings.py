@@ -161,6 +161,13 @@ class BuilderSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class CostSettings:
+    """The operator's layers of the cost model."""
+
+    path: Path | None = field(default=None, metadata=live())
+
+
+@dataclass(frozen=True, slots=True)
 class LogSettings:
     """What is logged and how."""
 
@@ -190,6 +197,7 @@ class Settings:
     spool: SpoolSettings = field(default_factory=SpoolSettings, metadata=live())
     executor: ExecutorSettings = field(default_factory=ExecutorSettings, metadata=live())
     builder: BuilderSettings = field(default_factory=BuilderSettings, metadata=live())
+    costs: CostSettings = field(default_factory=CostSettings, metadata=live())
     log: LogSettings = field(default_factory=LogSettings, metadata=live())
     models: Mapping[str, ModelSettings] = field(
         default_factory=dict, metadata=journaled(count_max=MODELS_MAX)

@@ -34,7 +34,8 @@ class Watch:
     """Watches `paths` and calls `changed` with those whose content changed, appeared or went.
 
     Args:
-        paths: files; their folders should exist (without one, only the rescan sees it appear).
+        paths: files; their folders should exist (without one, only the rescan sees it appear). Or
+            what lists them at each look, for folders whose files come and go.
         changed: called on the watch's thread, one call at a time; it must not raise.
         debounce_s: seconds between the two looks that must agree.
         rescan_s: seconds between looks without a notification.
@@ -43,7 +44,7 @@ class Watch:
 
     def __init__(
         self,
-        paths: Iterable[Path],
+        paths: Iterable[Path] | Callable[[], Iterable[Path]],
         changed: Callable[[tuple[Path, ...]], None],
         *,
         debounce_s: float = DEBOUNCE_S,
@@ -53,7 +54,9 @@ class Watch:
         self._changed = changed
         self._debounce_s = debounce_s
         self._rescan_s = rescan_s
-        self._known: dict[Path, Look] = {path: look(path) for path in paths}
+        fixed = () if callable(paths) else tuple(paths)
+        self._list = paths if callable(paths) else lambda: fixed
+        self._known: dict[Path, Look] = {path: look(path) for path in self._list()}
         self._lock = threading.Lock()  # of _known: rescan may be called from any thread
         self._hint = threading.Event()
         self._stop = threading.Event()
@@ -81,8 +84,11 @@ class Watch:
     def rescan(self) -> tuple[Path, ...]:
         """Look now: the files that differ from the last look. Does not call `changed`."""
         with self._lock:
-            now = {path: look(path) for path in self._known}
-            different = tuple(path for path, seen in now.items() if seen != self._known[path])
+            now = {path: look(path) for path in self._list()}
+            known = self._known
+            different = tuple(
+                path for path in {**known, **now} if now.get(path) != known.get(path)
+            )
             self._known = now
         return different
 

@@ -13,9 +13,10 @@ from math import prod
 LINEAR, CONVOLUTION, DEPTHWISE, ATTENTION = "linear", "convolution", "depthwise", "attention"
 NORMALISATION, REDUCTION, ELEMENTWISE = "normalisation", "reduction", "elementwise"
 EPILOGUE, MOVING, VIEW, LOOKUP = "epilogue", "moving", "view", "lookup"
+POOLING, TRANSCENDENTAL = "pooling", "transcendental"
 CLASSES = (
-    LINEAR, CONVOLUTION, DEPTHWISE, ATTENTION, NORMALISATION, REDUCTION, ELEMENTWISE, EPILOGUE,
-    MOVING, VIEW, LOOKUP,
+    LINEAR, CONVOLUTION, DEPTHWISE, ATTENTION, NORMALISATION, REDUCTION, POOLING, ELEMENTWISE,
+    EPILOGUE, TRANSCENDENTAL, MOVING, VIEW, LOOKUP,
 )  # fmt: skip
 COUNTED_BY_TORCH = frozenset({LINEAR, CONVOLUTION, DEPTHWISE, ATTENTION})
 
@@ -25,8 +26,10 @@ _NAMES = {
     ATTENTION: "scaled_dot_product_attention",
     NORMALISATION: "layer_norm native_layer_norm group_norm native_group_norm rms_norm instance_norm",
     REDUCTION: "softmax _softmax log_softmax _log_softmax mean sum amax amin max argmax argmin cumsum "
-    "var std prod any all linalg_vector_norm norm logsumexp max_pool2d avg_pool2d max_pool1d avg_pool1d "
-    "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool2d topk sort",
+    "var std prod any all linalg_vector_norm norm logsumexp topk sort",
+    POOLING: "max_pool2d avg_pool2d max_pool1d avg_pool1d adaptive_avg_pool1d adaptive_avg_pool2d "
+    "adaptive_max_pool2d",
+    TRANSCENDENTAL: "gelu erf sin cos exp expm1 tanh sigmoid silu log log1p softplus mish",
     LOOKUP: "embedding gather index _unsafe_index index_select take take_along_dim scatter index_put",
     VIEW: "view reshape _unsafe_view transpose permute t mT unsqueeze squeeze expand slice select alias "
     "detach narrow split chunk unbind flatten unflatten swapaxes movedim split_with_sizes view_as",
@@ -37,9 +40,11 @@ _CLASS = {name: kind for kind, names in _NAMES.items() for name in names.split()
 _TRANSPOSING = frozenset({"transpose", "permute", "t", "mT", "swapaxes", "movedim"})
 # Simple instructions an element, in round figures: polynomials of exp and erf take some twenty.
 _INSTRUCTIONS = {
-    **dict.fromkeys(("gelu", "erf", "pow", "sin", "cos", "softmax", "_softmax", "log_softmax"), 20),
-    **dict.fromkeys(("exp", "tanh", "sigmoid", "silu", "log", "hardswish"), 15),
-    **dict.fromkeys(("sqrt", "rsqrt", "div", "reciprocal", "layer_norm", "rms_norm"), 4),
+    **dict.fromkeys(("gelu", "erf", "sin", "cos", "softmax", "_softmax", "log_softmax"), 20),
+    **dict.fromkeys(("exp", "expm1", "tanh", "sigmoid", "silu", "log", "log1p"), 15),
+    **dict.fromkeys(
+        ("sqrt", "rsqrt", "div", "reciprocal", "layer_norm", "rms_norm", "hardswish"), 4
+    ),
     **dict.fromkeys(("batch_norm", "_native_batch_norm_legit_no_training", "native_batch_norm"), 2),
 }
 
@@ -94,7 +99,7 @@ def operations(
     if kind in (VIEW, MOVING, LOOKUP):
         return 0
     elements = sum(map(prod, results))
-    if kind in (REDUCTION, NORMALISATION):
+    if kind in (REDUCTION, POOLING, NORMALISATION):
         elements = max([elements, *map(prod, shapes.values())])
         elements *= _window(arguments)
     return elements * _INSTRUCTIONS.get(name, 1)

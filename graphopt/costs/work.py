@@ -23,6 +23,7 @@ from graphopt.costs.op_work import (
     LINEAR,
     MOVING,
     NORMALISATION,
+    TRANSCENDENTAL,
     VIEW,
     Kernel,
     class_of,
@@ -34,7 +35,9 @@ from graphopt.dims import evaluate
 from graphopt.graph import Const, Node, Ref
 from graphopt.types import CONTIGUOUS, DTYPE_BYTES, SymIntType, TensorType, ValueType
 
-_FUSED_AFTER = frozenset({LINEAR, CONVOLUTION, DEPTHWISE, ELEMENTWISE, EPILOGUE, NORMALISATION})
+_FUSED_AFTER = frozenset(
+    {LINEAR, CONVOLUTION, DEPTHWISE, ELEMENTWISE, EPILOGUE, NORMALISATION, TRANSCENDENTAL}
+)
 _RESHAPES = frozenset({"view", "reshape", "_unsafe_view", "flatten"})
 
 Sizes = Mapping[str, int]

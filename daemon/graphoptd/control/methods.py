@@ -10,7 +10,7 @@ from typing import Any
 
 from graphopt.documents import decode, from_value
 from graphopt.errors import GraphoptError, ProtocolError, nearest
-from graphoptd.control import changes, looks, pinning, streams
+from graphoptd.control import changes, costing, looks, pinning, streams
 from graphoptd.control.levels import Level
 from graphoptd.control.looks import NoParams
 from graphoptd.control.task import Answer, Task
@@ -125,6 +125,7 @@ METHODS: Mapping[str, Method] = {
     "explain": Method(Level.READ, looks.ModelParams, looks.explain),
     "diff": Method(Level.READ, looks.DiffParams, looks.diff),
     "new_delta": Method(Level.READ, looks.NewDeltaParams, looks.new_delta),
+    "cost": Method(Level.READ, costing.CostParams, costing.cost),
     "top": Method(Level.READ, streams.TopParams, streams.top),
     "logs": Method(Level.READ, streams.LogsParams, streams.logs),
     "apply": Method(Level.OPERATE, changes.ApplyParams, changes.apply),
@@ -136,4 +137,5 @@ METHODS: Mapping[str, Method] = {
     "load": Method(Level.ADMIN, changes.LoadParams, changes.load),
     "unload": Method(Level.ADMIN, changes.UnloadParams, changes.unload),
     "reload": Method(Level.ADMIN, ReloadParams, reload),
+    "calibrate": Method(Level.ADMIN, costing.CalibrateParams, costing.calibrate),
 }

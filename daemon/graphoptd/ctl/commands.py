@@ -27,6 +27,7 @@ Command = Callable[[Client, Options], Exit]
 
 _LOAD_TIMEOUT_S = 3_600.0  # a bundle of 100 GB at 30 MB/s
 _STREAM_TIMEOUT_S = 86_400.0  # between two parts of a stream that has no rhythm of its own
+_CALIBRATE_TIMEOUT_S = 330.0  # between two parts; the service gives up before
 _SETTLE_MARGIN_S = 10.0  # the service's answer comes after its own time-out, not before
 
 
@@ -140,6 +141,22 @@ def pin(client: Client, options: Options) -> Exit:
     return _shown(client.ask("pin", params), options, views.pinned)
 
 
+def calibrate(client: Client, options: Options) -> Exit:
+    """`calibrate [--threads N ...]`: a bar on stderr while it measures."""
+    params = {"threads": options.threads}
+    timeout_s = options.timeout or _CALIBRATE_TIMEOUT_S
+    found: dict[str, Any] = {}
+    try:
+        for found in client.stream("calibrate", params, timeout_s=timeout_s):
+            if "done" in found and sys.stderr.isatty():
+                sys.stderr.write(f"\r{views.bar(found)}\x1b[K")
+                sys.stderr.flush()
+    finally:
+        if sys.stderr.isatty():
+            sys.stderr.write("\r\x1b[K")
+    return _shown(found, options, views.calibrated)
+
+
 def top(client: Client, options: Options) -> Exit:
     """`top`: repainted on a terminal, else once, or `-n` times."""
     is_live = sys.stdout.isatty() and not options.json
@@ -196,6 +213,8 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "load": load,
     "unload": simple("unload", views.unloaded, "model"),
+    "cost": simple("cost", views.costs, "glob"),
+    "calibrate": calibrate,
     "reload": simple("reload", views.reloaded, "wait"),
     "pin": pin,
     "unpin": simple("unpin", views.pinned, "model"),

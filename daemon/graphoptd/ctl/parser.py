@@ -158,6 +158,14 @@ def _add_changes(add: Adder) -> None:
 def _add_service(add: Adder) -> None:
     reload = add("reload", "Read the configuration again")
     reload.add_argument("--wait", action="store_true", help="until it is in force or refused")
+    cost = add("cost", "The coefficients of the cost model, with unit, range and origin")
+    cost.add_argument("what", choices=("show",), metavar="show")
+    cost.add_argument("glob", nargs="?", metavar="GLOB", help="such as 'backends.openvino.*'")
+    calibrate = add("calibrate", "Measure this host for the cost model; takes up to 2 minutes")
+    calibrate.add_argument(
+        "--threads", type=_count, action="append", metavar="N",
+        help="a count to measure with; may be given again (1, and what a request gets at most)",
+    )  # fmt: skip
     add("settle", "Wait until the background has nothing better to offer")
     top = add("top", "Figures, again and again; once when the output is no terminal")
     top.add_argument("-i", "--interval", type=_seconds, default=1.0, metavar="S")
