@@ -50,12 +50,12 @@ def calibrate(
     progress: Progress,
     budget_s: float = BUDGET_S,
 ) -> dict[str, float]:
-    """Coefficients of this host by name. Takes up to `budget_s` seconds; sets torch's threads."""
+    """Coefficients of this host by name; sets torch's threads. Graphs take up to `budget_s` seconds."""
     counts = sorted(set(threads))
-    until_s = time.monotonic() + budget_s
     listed = list(probes())
     progress(0, len(listed), "peak and bandwidth")
     values = host_figures(counts)
+    until_s = time.monotonic() + budget_s
     timed: list[Timed] = []
     with tempfile.TemporaryDirectory(prefix="graphopt-calibration-") as folder:
         for number, probe in enumerate(listed, 1):

@@ -257,6 +257,7 @@ class App:
         """The files that the cost model is made of, or would be if they were there."""
         if not hasattr(self, "costs"):
             return ()
+        # Without its folder, which a first calibration makes: that one tells the service by itself
         found = [calibration_path(self.settings.state.path)]
         folder = self.settings.costs.path
         if folder is not None:

@@ -18,10 +18,10 @@ from graphoptd.settings import LevelSettings
 NOBODY = 65534
 _READ = [
     "hello", "help", "status", "models", "nodes", "show", "history", "explain", "diff", "new_delta",
-    "top", "logs",
+    "top", "logs", "cost",
 ]  # fmt: skip
 _OPERATE = ["apply", "rollback", "fork", "pin", "unpin", "settle"]
-_ADMIN = ["load", "unload", "reload"]
+_ADMIN = ["load", "unload", "reload", "calibrate"]
 
 
 def test_each_method_needs_the_level_that_the_design_says() -> None:

@@ -82,3 +82,42 @@ def test_without_a_file_a_reload_is_refused_with_the_remedy(
         daemon.until("READY=1")
         with daemon.control() as client, pytest.raises(Refused, match="without a configuration"):
             client.ask("reload")
+
+
+def test_the_cost_folder_is_taken_over_as_it_changes_whole_or_not_at_all(
+    folder: Path, config: Path, zygote: Zygote
+) -> None:
+    costs = folder / "cost"
+    costs.mkdir()
+    replace(costs / "a.yaml", "cost: 1\nweights: {alpha: 1.0}\n")
+    config.write_text(HEAD + "costs: {path: cost}\n")
+    with running(folder, ["--config", str(config)], zygote) as daemon:
+        daemon.until("READY=1")
+        replace(costs / "b.yaml", "cost: 1\nweights: {alpha: 2.0, beta: 3.0}\n")
+        done = daemon.log.wait_for("config.reloaded")
+        assert done["applied"] == ["costs: weights.alpha", "costs: weights.beta"]
+        replace(costs / "a.yaml", "cost: 1\nweights: {alpha: many}\n")
+        refused = daemon.log.wait_for("config.rejected")
+        assert "a.yaml:2:18" in refused["where"]
+        with daemon.control() as client:
+            rows = client.ask("cost", {"glob": "weights.*"})["coefficients"]
+        assert {row["name"]: row["value"] for row in rows} == {
+            "weights.alpha": 2.0,
+            "weights.beta": 3.0,
+        }
+        assert {row["origin"] for row in rows} == {str(costs / "b.yaml")}
+
+
+def test_a_bad_cost_folder_refuses_the_whole_configuration(
+    folder: Path, config: Path, zygote: Zygote
+) -> None:
+    (folder / "cost").mkdir()
+    (folder / "cost" / "a.yaml").write_text("cost: 7\n")
+    with running(folder, ["--config", str(config)], zygote) as daemon:
+        daemon.until("READY=1")
+        config.write_text(HEAD + "costs: {path: cost}\nlog: {failures_period_s: 5.0}\n")
+        with daemon.control() as client:
+            with pytest.raises(Refused):
+                client.ask("reload")
+            config.write_text(HEAD + "log: {failures_period_s: 5.0}\n")
+            assert client.ask("reload")["applied"] == ["log.failures_period_s"]

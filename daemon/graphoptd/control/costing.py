@@ -27,6 +27,7 @@ from graphoptd.events import emit
 from graphoptd.settings import THREADS_MAX
 
 LINE_BYTES_MAX = 1 << 16
+WITHIN_MAX_S = 240.0
 SLOWEST_S = 300.0  # a calibration takes up to 2 minutes; one that hangs is ended
 
 _running = asyncio.Lock()  # one at a time in a service
@@ -41,11 +42,15 @@ class CostParams:
 
 @dataclass(frozen=True, slots=True)
 class CalibrateParams:
-    """`threads`: counts to measure with; by default one, and what a request gets at most."""
+    """`threads`: counts to measure with; by default one, and what a request gets at most.
+
+    `within_s`: seconds after which no further graph is measured.
+    """
 
     threads: tuple[int, ...] = field(
         default=(), metadata=rule(low=1, high=THREADS_MAX, count_max=8)
     )
+    within_s: float | None = field(default=None, metadata=rule(low=1, high=WITHIN_MAX_S))
 
 
 class CalibrationError(GraphoptError):
@@ -70,13 +75,19 @@ async def calibrate(task: Task, params: CalibrateParams) -> Answer:
         raise PreconditionError(
             "no cost model is installed", where="calibrate", remedy="install graphopt whole"
         )
+    folder = task.context.host.folder
+    if folder is None:
+        raise PreconditionError(
+            "there is no state folder to keep the result in", where="calibrate",
+            remedy="start the service with one",
+        )  # fmt: skip
     if _running.locked():
         raise BusyError("a calibration is running", where="calibrate", remedy="wait for its end")
     async with _running:
-        path = calibration_path(task.context.settings().state.path)
+        path = calibration_path(folder.path)
         start_s = task.context.clock()
         last: Mapping[str, Any] = {}
-        async for last in _lines(task, path, params.threads):
+        async for last in _lines(task, command(path, params)):
             if "done" in last and task.call.more:
                 await task.part(last)
         if "path" not in last:
@@ -93,23 +104,23 @@ async def calibrate(task: Task, params: CalibrateParams) -> Answer:
     return Answer({"path": str(path), "took_s": took_s, "changed": len(changed)})
 
 
-def command(path: Path, threads: tuple[int, ...]) -> list[str]:
+def command(path: Path, params: CalibrateParams) -> list[str]:
     """What runs a calibration: these very sources, wherever they lie."""
     roots = [str(Path(p.__file__ or "").resolve().parents[1]) for p in (cost_models, graphopt)]
     program = (
         f"import sys; sys.path[:0] = {roots!r}; "
         "from cost_models.calibration import main; sys.exit(main(sys.argv[1:]))"
     )
-    counts = [word for count in threads for word in ("--threads", str(count))]
-    return [sys.executable, "-P", "-c", program, "--out", str(path), *counts]
+    words = [word for count in params.threads for word in ("--threads", str(count))]
+    if params.within_s is not None:
+        words += ["--budget-s", str(params.within_s)]
+    return [sys.executable, "-P", "-c", program, "--out", str(path), *words]
 
 
-async def _lines(
-    task: Task, path: Path, threads: tuple[int, ...]
-) -> AsyncIterator[Mapping[str, Any]]:
+async def _lines(task: Task, argv: Sequence[str]) -> AsyncIterator[Mapping[str, Any]]:
     """The lines of the process, until it ends, the client leaves or the service stops."""
     process = await asyncio.create_subprocess_exec(
-        *command(path, threads), stdin=DEVNULL, stdout=PIPE, stderr=DEVNULL, limit=LINE_BYTES_MAX
+        *argv, stdin=DEVNULL, stdout=PIPE, stderr=DEVNULL, limit=LINE_BYTES_MAX
     )
     over = [asyncio.ensure_future(task.readable()), asyncio.ensure_future(task.stopping.wait())]
     try:

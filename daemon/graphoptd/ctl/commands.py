@@ -142,8 +142,8 @@ def pin(client: Client, options: Options) -> Exit:
 
 
 def calibrate(client: Client, options: Options) -> Exit:
-    """`calibrate [--threads N ...]`: a bar on stderr while it measures."""
-    params = {"threads": options.threads}
+    """`calibrate [--threads N ...] [--within S]`: a bar on stderr while it measures."""
+    params = {"threads": options.threads, "within_s": options.within_s}
     timeout_s = options.timeout or _CALIBRATE_TIMEOUT_S
     found: dict[str, Any] = {}
     try:

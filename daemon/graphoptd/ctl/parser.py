@@ -166,6 +166,10 @@ def _add_service(add: Adder) -> None:
         "--threads", type=_count, action="append", metavar="N",
         help="a count to measure with; may be given again (1, and what a request gets at most)",
     )  # fmt: skip
+    calibrate.add_argument(
+        "--within", dest="within_s", type=_seconds, default=None, metavar="S",
+        help="seconds after which no further graph is measured",
+    )  # fmt: skip
     add("settle", "Wait until the background has nothing better to offer")
     top = add("top", "Figures, again and again; once when the output is no terminal")
     top.add_argument("-i", "--interval", type=_seconds, default=1.0, metavar="S")
