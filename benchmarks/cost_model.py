@@ -31,6 +31,7 @@ import torch
 from benchmarks.harness import percentile, report
 from benchmarks.zoo import build
 from cost_models.calibration import calibrate, thread_counts, write_layer
+from cost_models.calm import Calm
 from cost_models.host_model import HostModel
 from cost_models.measuring import (
     Candidate,
@@ -55,6 +56,7 @@ NETWORKS = ("bert-mini", "minilm", "resnet-18", "mobilenet-v2", "vit-tiny", "lla
 NODES_MIN = 2
 SAMPLES = 200
 ROUNDS = 4
+PATIENCE_S = 40.0
 SEED = 5
 CLOSE, GAP = 0.10, 0.10
 
@@ -99,6 +101,7 @@ def collect(
     """Times every region of the networks twice on everything that takes it."""
     rows: list[Row] = []
     seen: set[str] = set()
+    calm = Calm(PATIENCE_S)
     for name in networks:
         network = build(name)
         facts, sizes = analyse(network.graph()), network.sizes(1)
@@ -110,8 +113,8 @@ def collect(
                 seen.add(region.key)
                 found = candidates(facts, run, sizes, offered, threads, folder, values)
                 pending.append((region.key, found))
-        first = [time_in_turns(found, ROUNDS) for _, found in pending]
-        second = [time_in_turns(found, ROUNDS) for _, found in pending]
+        first = [time_in_turns(found, calm, ROUNDS) for _, found in pending]
+        second = [time_in_turns(found, calm, ROUNDS) for _, found in pending]
         for (key, _), old, new in zip(pending, first, second, strict=True):
             rows += [_row(name, key, a, b) for a, b in zip(old, new, strict=True)]
         print(f"{name}: {len(pending)} regions", flush=True)

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from cost_models.calibration_graphs import probes
+from cost_models.calm import Calm
 from cost_models.coefficients import (
     DEFAULTS,
     Coefficients,
@@ -38,7 +39,8 @@ from graphopt.engine.thread_budget import usable_cpus
 from graphopt.errors import GraphoptError
 from graphopt.executor.backend import Backend
 
-BUDGET_S = 100.0  # graphs that have no turn by then are left out; the last ones repeat classes
+BUDGET_S = 90.0  # graphs that have no turn by then are left out; the last ones repeat classes
+PATIENCE_S = 20.0  # of waiting for a calm host, in all
 THREADS_MAX = 4  # of one call: more than four are rarely given to a request
 
 Progress = Callable[[int, int, str], None]
@@ -54,7 +56,8 @@ def calibrate(
     counts = sorted(set(threads))
     listed = list(probes())
     progress(0, len(listed), "peak and bandwidth")
-    values = host_figures(counts)
+    calm = Calm(PATIENCE_S)
+    values = host_figures(counts, calm)
     until_s = time.monotonic() + budget_s
     timed: list[Timed] = []
     with tempfile.TemporaryDirectory(prefix="graphopt-calibration-") as folder:
@@ -62,7 +65,7 @@ def calibrate(
             if time.monotonic() > until_s:
                 break
             with suppress(GraphoptError):  # a runtime that refuses one graph may take the others
-                timed += time_graph(probe.graph, {}, offered, counts, Path(folder))
+                timed += time_graph(probe.graph, {}, offered, counts, Path(folder), calm)
             progress(number, len(listed), probe.graph.name)
     return fitted(values, timed)
 

@@ -2,7 +2,7 @@
 
 All candidates of a graph are called in turns, some calls each, and the lower quartile over the rounds
 counts: a neighbour that comes and goes meets all of them, and can only make a round slower. Rounds in
-which a thread had to wait for a processor are tried again. Runs in a process of its own, because runtimes
+which the host was not calm (`calm.py`) are tried again. Runs in a process of its own, because runtimes
 must not share one with requests while they are measured. Deliberately absent: what to make of it.
 """
 
@@ -10,7 +10,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 
+from cost_models.calm import WAITED_MAX, Calm, waited_s
 from graphopt.analysis.facts import Facts, analyse
 from graphopt.costs.plan_cost import as_given
 from graphopt.costs.work import Sizes, Work, work_of
@@ -32,8 +32,7 @@ from graphopt.rewrite import lower
 from graphopt.types import TensorType
 
 ROUNDS = 6
-PATIENCE = 3  # times as many rounds are tried where some are disturbed
-WAITED_MAX = 0.03  # of a turn: beyond that somebody else had the processor
+PATIENCE = 2  # times as many rounds are tried where some are disturbed
 REST_S = 2e-3  # before a turn: the threads of the candidate before spin for a while after its call
 TURN_S = 2e-3  # of one candidate in one round
 TURN_CALLS = 3  # and at least so many calls
@@ -65,7 +64,7 @@ class Timed:
     seconds: float
 
 
-def host_figures(threads: Iterable[int]) -> dict[str, float]:
+def host_figures(threads: Iterable[int], calm: Calm) -> dict[str, float]:
     """Peak float32 operations and bandwidth, as coefficients by name."""
     found: dict[str, float] = {}
     for level, size in WORKING_SETS.items():
@@ -75,11 +74,11 @@ def host_figures(threads: Iterable[int]) -> dict[str, float]:
         name = f"host.threads_{count}"
         a, b = torch.ones(PEAK_SIDE, PEAK_SIDE), torch.ones(PEAK_SIDE, PEAK_SIDE)
         out = torch.empty_like(a)
-        seconds = _alone(partial(torch.mm, a, b, out=out))
+        seconds = _alone(partial(torch.mm, a, b, out=out), calm)
         found[f"{name}.peak"] = 2.0 * PEAK_SIDE**3 / seconds
         for level, size in WORKING_SETS.items():
             x, y, z = (torch.ones(size // 12) for _ in range(3))
-            seconds = _alone(partial(torch.add, x, y, out=z))
+            seconds = _alone(partial(torch.add, x, y, out=z), calm)
             found[f"{name}.bandwidth.{level}"] = 12.0 * (size // 12) / seconds
     return found
 
@@ -99,33 +98,32 @@ def available(names: Iterable[str] | None = None) -> dict[str, Backend]:
 
 
 def time_graph(
-    graph: Graph, sizes: Sizes, offered: Mapping[str, Backend], threads: Iterable[int], folder: Path
-) -> list[Timed]:
+    graph: Graph, sizes: Sizes, offered: Mapping[str, Backend], threads: Iterable[int],
+    folder: Path, calm: Calm,
+) -> list[Timed]:  # fmt: skip
     """Times the whole of `graph` on every tier; what a tier cannot run is left out."""
     facts = analyse(graph)
     found = list(_candidates(facts, sizes, offered, threads, folder))
-    return time_in_turns(found)
+    return time_in_turns(found, calm)
 
 
-def time_in_turns(candidates: list[Candidate], rounds: int = ROUNDS) -> list[Timed]:
+def time_in_turns(candidates: list[Candidate], calm: Calm, rounds: int = ROUNDS) -> list[Timed]:
     """The lower quartile of each over rounds in which all have a turn."""
-    calm: list[list[float]] = [[] for _ in candidates]
-    rough: list[list[float]] = [[] for _ in candidates]
+    good: list[list[float]] = [[] for _ in candidates]
+    bad: list[list[float]] = [[] for _ in candidates]
     with torch.inference_mode():
         for turn in range(rounds * PATIENCE):
             order = range(len(candidates))
             for i in order if turn % 2 else reversed(order):
-                if len(calm[i]) < rounds:
+                if len(good[i]) < rounds:
                     torch.set_num_threads(candidates[i].threads)
-                    took_s, is_calm = _turn(candidates[i].call)
-                    (calm if is_calm else rough)[i].append(took_s)
-            if all(len(figures) >= rounds for figures in calm):
+                    took_s, is_calm = _turn(candidates[i].call, calm)
+                    (good if is_calm else bad)[i].append(took_s)
+            if all(len(figures) >= rounds for figures in good):
                 break
     return [
-        Timed(
-            each.backend, each.threads, each.calls, _quartile(good if len(good) > 1 else good + bad)
-        )
-        for each, good, bad in zip(candidates, calm, rough, strict=True)
+        Timed(each.backend, each.threads, each.calls, _quartile(g if len(g) > 1 else g + b))
+        for each, g, b in zip(candidates, good, bad, strict=True)
     ]
 
 
@@ -209,37 +207,28 @@ def _candidates(
     yield from candidates_of_run(facts, blocks, sizes, offered, counts, folder, reads)
 
 
-def _turn(call: Call) -> tuple[float, bool]:
-    """The median of a turn's calls, after one that does not count; and whether all threads had a
-    processor whenever they wanted one.
+def _turn(call: Call, calm: Calm) -> tuple[float, bool]:
+    """The median of a turn's calls, after one that does not count; and whether the host was calm
+    before and behind it, and no thread waited for a processor meanwhile.
     """
     time.sleep(REST_S)
+    is_calm = calm.wait()
     call()
     took: list[float] = []
-    waited_s = _waited_s()
+    before_s = waited_s()
     start = now = time.perf_counter()
     while len(took) < TURN_CALLS or now - start < TURN_S:
         before = now
         call()
         now = time.perf_counter()
         took.append(now - before)
-    return median(took), _waited_s() - waited_s <= WAITED_MAX * (now - start)
+    is_calm = is_calm and waited_s() - before_s <= WAITED_MAX * (now - start)
+    return median(took), is_calm and calm.is_calm()
 
 
-def _alone(call: Call) -> float:
-    turns = [_turn(call) for _ in range(ROUNDS)]
+def _alone(call: Call, calm: Calm) -> float:
+    turns = [_turn(call, calm) for _ in range(ROUNDS)]
     return _quartile([took_s for took_s, is_calm in turns if is_calm] or [t for t, _ in turns])
-
-
-def _waited_s() -> float:
-    """Seconds that the threads of this process were ready and had no processor; 0 where the kernel
-    does not count that (Linux does: the second figure of schedstat).
-    """
-    total_ns = 0
-    for path in Path("/proc/self/task").glob("*/schedstat"):
-        with suppress(OSError, ValueError, IndexError):
-            total_ns += int(path.read_text().split()[1])
-    return total_ns * 1e-9
 
 
 def _quartile(figures: Sequence[float]) -> float:

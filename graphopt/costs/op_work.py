@@ -26,9 +26,9 @@ _NAMES = {
     ATTENTION: "scaled_dot_product_attention",
     NORMALISATION: "layer_norm native_layer_norm group_norm native_group_norm rms_norm instance_norm",
     REDUCTION: "softmax _softmax log_softmax _log_softmax mean sum amax amin max argmax argmin cumsum "
-    "var std prod any all linalg_vector_norm norm logsumexp topk sort",
-    POOLING: "max_pool2d avg_pool2d max_pool1d avg_pool1d adaptive_avg_pool1d adaptive_avg_pool2d "
-    "adaptive_max_pool2d",
+    "var std prod any all linalg_vector_norm norm logsumexp topk sort adaptive_avg_pool1d "
+    "adaptive_avg_pool2d",
+    POOLING: "max_pool2d avg_pool2d max_pool1d avg_pool1d adaptive_max_pool2d",
     TRANSCENDENTAL: "gelu erf sin cos exp expm1 tanh sigmoid silu log log1p softplus mish",
     LOOKUP: "embedding gather index _unsafe_index index_select take take_along_dim scatter index_put",
     VIEW: "view reshape _unsafe_view transpose permute t mT unsqueeze squeeze expand slice select alias "
@@ -38,10 +38,12 @@ _NAMES = {
 }  # fmt: skip
 _CLASS = {name: kind for kind, names in _NAMES.items() for name in names.split()}
 _TRANSPOSING = frozenset({"transpose", "permute", "t", "mT", "swapaxes", "movedim"})
-# Simple instructions an element, in round figures: polynomials of exp and erf take some twenty.
+# Simple instructions an element, in round figures: polynomials of exp and erf take some twenty, and
+# torch's own tanh and erf several times that.
 _INSTRUCTIONS = {
-    **dict.fromkeys(("gelu", "erf", "sin", "cos", "softmax", "_softmax", "log_softmax"), 20),
-    **dict.fromkeys(("exp", "expm1", "tanh", "sigmoid", "silu", "log", "log1p"), 15),
+    **dict.fromkeys(("gelu", "sin", "cos", "softmax", "_softmax", "log_softmax"), 20),
+    **dict.fromkeys(("sigmoid", "silu", "log", "log1p"), 15),
+    **{"tanh": 90, "erf": 45, "exp": 30, "expm1": 30},
     **dict.fromkeys(
         ("sqrt", "rsqrt", "div", "reciprocal", "layer_norm", "rms_norm", "hardswish"), 4
     ),
