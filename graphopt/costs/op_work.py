@@ -43,7 +43,10 @@ _TRANSPOSING = frozenset({"transpose", "permute", "t", "mT", "swapaxes", "movedi
 _INSTRUCTIONS = {
     **dict.fromkeys(("gelu", "sin", "cos", "softmax", "_softmax", "log_softmax"), 20),
     **dict.fromkeys(("sigmoid", "silu", "log", "log1p"), 15),
-    **{"tanh": 90, "erf": 45, "exp": 30, "expm1": 30},
+    "tanh": 90,
+    "erf": 45,
+    "exp": 30,
+    "expm1": 30,
     **dict.fromkeys(
         ("sqrt", "rsqrt", "div", "reciprocal", "layer_norm", "rms_norm", "hardswish"), 4
     ),
