@@ -86,9 +86,7 @@ class Watch:
         with self._lock:
             now = {path: look(path) for path in self._list()}
             known = self._known
-            different = tuple(
-                path for path in {**known, **now} if now.get(path) != known.get(path)
-            )
+            different = tuple(path for path in {**known, **now} if now.get(path) != known.get(path))
             self._known = now
         return different
 

@@ -280,7 +280,9 @@ def _foreseen(cost: Mapping[str, Any] | None) -> dict[str, str]:
 def _band(cost: Mapping[str, Any]) -> str:
     """`3.1 ms (2.7 ms to 3.6 ms), 4 of 12 steps measured`."""
     low, seconds, high = (short_seconds_word(cost[key]) for key in ("low_s", "seconds", "high_s"))
-    return f"{seconds} ({low} to {high}), {cost['measured_steps']} of {cost['steps']} steps measured"
+    return (
+        f"{seconds} ({low} to {high}), {cost['measured_steps']} of {cost['steps']} steps measured"
+    )
 
 
 def _counted(kind: str, counts: Mapping[str, int]) -> str:
