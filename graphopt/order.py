@@ -31,26 +31,21 @@ class LabelsExhaustedError(Exception):
     """No integer is left between two labels; label the whole graph anew."""
 
 
-def topological(
-    ids: Iterable[str],
-    operands: Neighbours,
-    users: Neighbours,
-    *,
-    start: Callable[[str], str] | None = None,
-) -> list[str]:
-    """`ids` so that operands among them come first, stable in the order given. Kahn's algorithm;
-    CycleError names a cycle.
+def topological(ids: Iterable[str], operands: Neighbours, users: Neighbours) -> list[str]:
+    """`ids` so that operands among them come first, a function of the order given alone: `users`
+    may list a node's users in any order, as maps of ids do. Kahn's algorithm, what was freed last
+    first; CycleError names a cycle.
     """
     order = list(ids)
-    members = set(order)
-    waiting = {id: len({op for op in operands(id) if op in members}) for id in order}
+    position = {id: at for at, id in enumerate(order)}
+    waiting = {id: len({op for op in operands(id) if op in position}) for id in order}
     ready = [id for id in reversed(order) if waiting[id] == 0]
     done: list[str] = []
     while ready:
         id = ready.pop()
         done.append(id)
-        freed = [user for user in users(id) if user in members and _decrement(waiting, user) == 0]
-        ready.extend(sorted(freed, key=start, reverse=True) if start else reversed(freed))
+        freed = [user for user in users(id) if user in position and _decrement(waiting, user) == 0]
+        ready.extend(sorted(freed, key=position.__getitem__, reverse=True))
     if len(done) < len(order):
         left = [id for id in order if waiting[id] > 0]
         raise CycleError(

@@ -92,3 +92,16 @@ def test_an_order_from_scratch_is_stable() -> None:
     operands = {"a": [], "b": [], "c": ["b"], "d": ["a"]}
     users = {"a": ["d"], "b": ["c"], "c": [], "d": []}
     assert topological("abcd", operands.__getitem__, users.__getitem__) == ["a", "d", "b", "c"]
+
+
+@law
+@given(random=randoms)
+def test_an_order_does_not_depend_on_how_users_are_listed(random: Random) -> None:
+    graph = dag(random, 10)
+    ids = random.sample(sorted(graph), len(graph))
+
+    def shuffled(id: str) -> list[str]:
+        return random.sample(sorted(graph.successors(id)), graph.out_degree(id))
+
+    orders = {tuple(topological(ids, graph.predecessors, shuffled)) for _ in range(4)}
+    assert len(orders) == 1
