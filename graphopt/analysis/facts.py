@@ -186,14 +186,20 @@ class _Updater:
         self, traits: "immutables.Map[str, int]", live: "immutables.Map[str, bool]"
     ) -> BlockUpdate:
         change = self.change
-        touched = set(change.nodes | change.removed | change.used | change.relabelled | self.moved)
+        # A node that reads what it read before, and is data or not as it was, cuts as it did.
+        rewired = {
+            id
+            for id in change.nodes
+            if self._reads(self.old.graph, id) != self._reads(self.graph, id)
+        }
+        touched = set(rewired | change.removed | change.used | change.relabelled | self.moved)
         for name in change.inputs:  # what reads an input starts a path of data, or no longer does
             touched.update(user_nodes(self.graph, name))
         for graph in (
             self.old.graph,
             self.graph,
         ):  # a member's coming or going changes its neighbours' lives
-            for id in (*self.moved, *change.nodes, *change.removed):
+            for id in (*self.moved, *rewired, *change.removed):
                 if id in graph.nodes:
                     touched.update(user_nodes(graph, id))
                     touched.update(operand_nodes(graph, id))
@@ -250,6 +256,11 @@ class _Updater:
             lambda id: [op for op in operand_nodes(graph, id) if is_context(op)], self.trace,
         )  # fmt: skip
         return homes.finish(), changed
+
+    @staticmethod
+    def _reads(graph: Graph, id: str) -> tuple[Ref, ...] | None:
+        node = graph.nodes.get(id)
+        return node.refs if node else None
 
     @staticmethod
     def _const_kind(graph: Graph, name: str) -> object:

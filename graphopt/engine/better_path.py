@@ -2,7 +2,7 @@
 
 All of it happens on the background thread, in jobs of a few milliseconds; request threads and the
 builder's link only wake it. A model's campaign starts when it is loaded, after each delta, when its
-traffic has other hot shapes, and when a pin ends.
+traffic has other hot shapes, when a pin ends, and when a block that was edited often is left alone.
 """
 
 import itertools
@@ -354,7 +354,7 @@ class BetterPath:
             is_over = course.campaign is not None and course.campaign.is_over
             is_free = until_s is None and course.pinned_until_s is not None
             is_other = is_over and self.link and _are_others(hot_shapes(model.slot), course.shapes)
-            if is_free or is_other:
+            if is_free or is_other or (is_over and _has_calmed(course)):
                 self._renew(course)
             course.pinned_until_s = until_s
         for course in list(self._courses.values()):
@@ -408,6 +408,12 @@ class BetterPath:
     def _notify(self) -> None:
         with self._changed:
             self._changed.notify_all()
+
+
+def _has_calmed(course: _Course) -> bool:
+    """Whether a block that the last campaign kept out of larger regions has been left alone since."""
+    campaign = course.campaign
+    return campaign is not None and not campaign.restless <= course.model.churn.restless()
 
 
 def _are_others(now: HotShapes, before: HotShapes) -> bool:

@@ -72,6 +72,7 @@ class Campaign:
         self._restores = restores
         self._means = means
         self.revision, self._facts = model.at_hand()
+        self.restless = model.churn.restless()
         self._course = self._run()
         self._waits_for: Future[Any] | None = None
         self._judged: Any = None  # key of the plan that the switch judges for this campaign
@@ -156,6 +157,7 @@ class Campaign:
             "streams": self._means.streams,
             "buckets": list(shapes.buckets),
             "buckets_share": shapes.share,
+            "restless": sorted(self.restless),
             "latency_s": self._latency_s(),
         }
         try:
@@ -182,6 +184,8 @@ class Campaign:
         if chosen is None:
             return False
         label, keyed = chosen
+        if any(not self.restless.isdisjoint(run) for run in _runs(keyed)):
+            return False  # the next edit would drop it
         overlays = overlays_of(facts, keyed, self._means.supply.loaded)
         if not overlays or not self._may_prepare(keyed[0][0].backend):
             return False

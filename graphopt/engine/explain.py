@@ -13,7 +13,7 @@ from graphopt.costs.plan_cost import StepCost
 from graphopt.engine.builder_jobs import BuilderStatus
 from graphopt.engine.costs import sizes_of
 from graphopt.engine.findings import Finding, State
-from graphopt.engine.pins import HeldPin, Pin
+from graphopt.engine.pins import LIVE_TIERS, HeldPin, Pin
 from graphopt.executor.plan import Step
 from graphopt.executor.switch import Phase
 from graphopt.explained import text_of
@@ -137,6 +137,13 @@ def _line(step: Step, reason: str, cost: StepCost) -> StepLine:
 def _reason(
     host: "Host", model: "LiveModel", step: Step, chosen: Finding | None, pin: Pin | None
 ) -> str:
+    if (
+        step.tier in LIVE_TIERS
+        and chosen is not None
+        and " around " in chosen.label
+        and not model.churn.restless().isdisjoint(step.blocks)
+    ):
+        return "edited often of late: kept out of larger regions"
     if step.tier == "eager":
         if step.block not in model.facts.regions:
             return "being replaced"

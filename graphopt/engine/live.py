@@ -10,7 +10,7 @@ import re
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,6 +19,7 @@ from graphopt.analysis.facts import Facts, Update, analyse, update
 from graphopt.delta import Applied as GraphApplied
 from graphopt.delta import Delta, apply_fully, difference
 from graphopt.engine.captured import Captured
+from graphopt.engine.churn import Churn
 from graphopt.engine.identity import delta_digest
 from graphopt.engine.interface import changes_interface, check_interface, check_outputs
 from graphopt.engine.ledger import HISTORY_LINES_MAX, Commit, Ledger, Recovered
@@ -84,6 +85,7 @@ class LiveModel:
         self.facts = analyse(graph)
         check_outputs(self.facts)
         self.captured = Captured()
+        self.churn = Churn(clocks.monotonic_s)
         self._eager = eager
         self._shelf = shelf
         self._clocks = clocks
@@ -428,21 +430,14 @@ class LiveModel:
         )
         digest = delta_digest(delta) if delta.id is not None else ""
         text = summary or _summary(delta)
-        said = json.dumps(asdict(answer))
+        said = json.dumps(answer.fields())
         self.ledger.commit(Commit(self.name, revision, applied, kind, text, digest, said))
         plan = self._publish(old, arrangement, new)
         live_s = self._clocks.monotonic_s() - start_s
         self._history.append(
             RevisionInfo(revision, kind, text, delta.id, applied.graph.hash, self._clocks.wall_s())
         )
-        done = Applied(
-            answer.revision,
-            answer.affected_nodes,
-            answer.inferred_nodes,
-            answer.blocks_replanned,
-            answer.blocks_reused,
-            live_s,
-        )
+        done = replace(answer, live_s=live_s)
         self.settings.events(
             "delta.applied",
             {
@@ -451,7 +446,7 @@ class LiveModel:
                 "kind": kind,
                 "summary": text,
                 "plan": plan.id,
-                **asdict(done),
+                **done.fields(),
             },
         )
         self._improve(self, applied.expansion)
@@ -466,6 +461,7 @@ class LiveModel:
             old, revision = self.arrangement, arrangement.plan.revision
             arrangement, _ = old.after(new, revision, self.live_step)
             self.introduce(arrangement)
+        self.churn.note(new.regions_changed | new.weights_changed)
         self._keep_roles()  # a trial of the old revision publishes nothing any more
         self._unproven |= _replanned(new)
         self._unproven.update(block for block in uncovered if block in new.facts.regions)

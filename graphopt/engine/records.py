@@ -96,6 +96,10 @@ class Applied:
     blocks_reused: int
     live_s: float
 
+    def fields(self) -> dict[str, int | float]:
+        """By name, for documents and events."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
 
 @dataclass(frozen=True, slots=True)
 class DryRun:

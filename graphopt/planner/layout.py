@@ -11,14 +11,18 @@ gains at the sizes where layers pay.
 """
 
 from collections import Counter
+from collections.abc import Iterable, Set
 from itertools import pairwise
 
 from graphopt.analysis.blocks import CONTEXT, START
 from graphopt.analysis.facts import Facts
-from graphopt.executor.runs import joins, run_region
+from graphopt.executor.runs import joins, run_of, run_region
 from graphopt.rewrite.rows import narrowed
 
 LAYERS_MIN = 3  # fewer repetitions are no pattern
+NODES_MIN = 2  # a call into a runtime costs more than one op
+CUT_NODES_MIN = 8  # what a cut leaves over is worth a region of its own only from this size on
+AROUND_MIN = 0.5  # of the nodes: with fewer left of it, a layout around edits is none
 
 Run = tuple[str, ...]
 
@@ -69,6 +73,38 @@ def whole_run(facts: Facts, blocks: Run, bound: int) -> int:
     while 0 < bound < len(blocks) and joins(facts, blocks[bound - 1]):
         bound += 1
     return bound
+
+
+def pieces_of(facts: Facts, run: Run, out: Set[str]) -> list[Run]:
+    """What is left of `run` without the blocks of `out` and those that run as one step with them."""
+    out = {part for block in out if block in facts.regions for part in run_of(facts, block)}
+    if CONTEXT in out and run[0] == CONTEXT:  # its values are read from outside then
+        run = run[1:]
+    pieces: list[list[str]] = [[]]
+    for block in run:
+        if block in out:
+            pieces.append([])
+        else:
+            pieces[-1].append(block)
+    if len(pieces) > 1 and run[0] == CONTEXT:  # only a run of everything computes it by itself
+        pieces[0].remove(CONTEXT)
+    least = NODES_MIN if len(pieces) == 1 else CUT_NODES_MIN
+    return [tuple(piece) for piece in pieces if node_count(facts, piece) >= least]
+
+
+def around(facts: Facts, runs: list[Run], restless: Set[str]) -> list[Run]:
+    """`runs` without the blocks that deltas keep editing: a delta then drops none of the regions.
+
+    The runs as they are where no restless block is in them, or where too little would be left.
+    """
+    pieces = [piece for run in runs for piece in pieces_of(facts, run, restless)]
+    left, most = (sum(node_count(facts, run) for run in each) for each in (pieces, runs))
+    return pieces if left >= AROUND_MIN * most else runs
+
+
+def node_count(facts: Facts, run: Iterable[str]) -> int:
+    """How many nodes the blocks of a run compute."""
+    return sum(len(facts.regions[block].order) for block in run)
 
 
 def layer_count(facts: Facts) -> int:

@@ -3,7 +3,8 @@
 A network of layers that take a millisecond or more each is run layer by layer, so that an edit drops
 one layer to the live path and not the model; the whole graph as one region comes after it and has
 to win. A network without such layers is run as a whole. Where a runtime cannot run an op, the run is
-cut around the block that holds it.
+cut around the block that holds it; where deltas keep editing a block, around that one, so that the
+next edit of it drops nothing else.
 
 A proposal is a function of the facts and of the document it is given (law 3).
 """
@@ -14,16 +15,14 @@ from typing import Any
 from graphopt.analysis.blocks import CONTEXT
 from graphopt.analysis.facts import Facts
 from graphopt.executor.backend import Backend, Options, backends
-from graphopt.executor.runs import run_of, run_region
-from graphopt.planner.layout import Run, layer_count, layers, whole
+from graphopt.executor.runs import run_region
+from graphopt.planner.layout import Run, around, layer_count, layers, pieces_of, whole
 
 LAYER_S_MIN = 1e-3  # a layer worth a region of its own (DESIGN section 7)
 QUICK_S = 2e-3  # a hand-over to another thread and back takes some 10 us
-NODES_MIN = 2  # a call into a runtime costs more than one op
 # Of the time that requests take: the rest of them, on the live path's tiers, may well take half as long
 # again, and that must not be felt.
 HOT_ENOUGH = 0.98
-CUT_NODES_MIN = 8  # what a cut leaves over is worth a region of its own only from this size on
 PLANS_MAX = 8
 PREFERRED = ("openvino", "onnxruntime")  # the order in which they won on most models measured
 
@@ -40,7 +39,8 @@ def propose(
         facts: of the graph.
         document: `backends`, names of the runtimes there are; `threads` and `streams` of a call;
             `buckets`, the sizes of the graph's symbols by name in its hottest shapes, hottest first,
-            and `buckets_share`, the share of the requests' time that goes to them;
+            and `buckets_share`, the share of the requests' time that goes to them; `restless`, the
+            blocks that deltas keep editing;
             `latency_s`, what a request takes now, or None when it was not measured.
         offered: the backends by name; by default those that are registered.
 
@@ -57,13 +57,14 @@ def propose(
     there = [known[name] for name in sorted(document["backends"], key=_rank) if name in known]
     last = [backend for backend in there if getattr(backend, "last_resort", False)]
     plans = []
+    restless = frozenset(document["restless"])
     for layout, runs in layouts or [("whole", whole(facts))]:
         for backend in there:
             if backend not in last:
-                plans += _plans(facts, document, layout, runs, backend)
+                plans += _plans(facts, document, layout, runs, restless, backend)
     if not plans:  # what takes minutes to build is for graphs that nothing else takes
         for backend in last:
-            plans += _plans(facts, document, "whole", whole(facts), backend)
+            plans += _plans(facts, document, "whole", whole(facts), restless, backend)
     return {"plans": plans[:PLANS_MAX]}
 
 
@@ -72,14 +73,21 @@ def _rank(name: str) -> tuple[int, str]:
 
 
 def _plans(
-    facts: Facts, document: Document, layout: str, runs: Iterable[Run], backend: Backend
+    facts: Facts,
+    document: Document,
+    layout: str,
+    runs: list[Run],
+    restless: frozenset[str],
+    backend: Backend,
 ) -> list[dict[str, Any]]:
-    pieces = [piece for run in runs for piece in supported(facts, run, backend)]
+    calm = around(facts, runs, restless)
+    about = [layout] if calm == runs else [layout, "around edits"]
+    pieces = [piece for run in calm for piece in supported(facts, run, backend)]
     plans = []
     for threads in _thread_counts(document):
         base = Options(threads, document["streams"])
         for extra, regions in _variants(facts, document, pieces, backend, base).items():
-            words = [backend.name, layout, *(f"{key}={value}" for key, value in extra)]
+            words = [backend.name, *about, *(f"{key}={value}" for key, value in extra)]
             if threads != document["threads"]:
                 words.append(f"threads={threads}")
             plans.append(
@@ -123,23 +131,10 @@ def _variants(
 def supported(facts: Facts, run: Run, backend: Backend) -> list[Run]:
     """`run` without the blocks that hold a node the backend cannot run: the pieces left of it."""
     bad = backend.unsupported(facts, run_region(facts, run))
-    homes = {part for id in bad if (home := facts.home_of(id)) for part in run_of(facts, home)}
-    if CONTEXT in homes:  # its values are read from outside then
+    homes = {home for id in bad if (home := facts.home_of(id))}
+    if CONTEXT in homes:
         return supported(facts, run[1:], backend)
-    pieces: list[list[str]] = [[]]
-    for block in run:
-        if block in homes:
-            pieces.append([])
-        else:
-            pieces[-1].append(block)
-    if len(pieces) > 1 and run[0] == CONTEXT:  # only a run of everything computes it by itself
-        pieces[0].remove(CONTEXT)
-    least = NODES_MIN if len(pieces) == 1 else CUT_NODES_MIN
-    return [tuple(piece) for piece in pieces if _node_count(facts, piece) >= least]
-
-
-def _node_count(facts: Facts, piece: list[str]) -> int:
-    return sum(len(facts.regions[block].order) for block in piece)
+    return pieces_of(facts, run, homes)
 
 
 def _sizes(symbols: tuple[str, ...], document: Document) -> list[tuple[int, ...] | None]:

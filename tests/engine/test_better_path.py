@@ -190,6 +190,35 @@ def test_a_delta_while_artifacts_are_loaded_never_gets_those_of_the_revision_bef
     )
 
 
+def test_a_place_that_is_edited_again_and_again_drops_no_region(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+):
+    engine = start("Scaling", graph=scaled())
+    x = torch.randn(4, 8)
+
+    def answers(factor: float) -> None:
+        expected = torch.relu(x) * factor
+        torch.testing.assert_close(engine.run({"x": x}).outputs["y"], expected, rtol=0, atol=0)
+
+    for factor in (2.0, 3.0, 4.0):
+        engine.apply(Delta([SetAttr("scale", "other", factor)]))
+        answers(factor)
+    assert engine.settle(SETTLED_S)
+    assert states(engine)["scaling whole around edits"] == "chosen"
+    (overlay,) = engine.model.arrangement.overlays
+    reasons = {line.block: line.reason for line in engine.explain().steps}
+    assert reasons[engine.model.facts.home_of("scale")].startswith("edited often of late")
+    engine.apply(Delta([SetAttr("scale", "other", 5.0)]))
+    assert engine.model.arrangement.overlays == (overlay,)
+    answers(5.0)
+    assert engine.settle(SETTLED_S)
+    monkeypatch.setattr("graphopt.engine.churn.RESTLESS_S", 0.0)  # as if it was left alone
+    assert engine.settle(SETTLED_S)
+    again = {finding.label: finding for finding in engine.host.better.findings("chain")}
+    assert again["scaling whole"].revision == engine.revision
+    answers(5.0)
+
+
 def test_an_op_the_runtime_lacks_is_left_to_the_live_path(start: Start):
     engine = start("Once", graph=chain())
     engine.apply(

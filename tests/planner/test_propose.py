@@ -40,6 +40,7 @@ def ask(
     latency_s: float | None,
     *buckets: Mapping[str, int],
     share: float = 0.5,
+    restless: Sequence[str] = (),
 ) -> list[Any]:
     document = {
         "backends": [runtime.name for runtime in offered],
@@ -47,6 +48,7 @@ def ask(
         "streams": 1,
         "buckets": list(buckets),
         "buckets_share": share,
+        "restless": list(restless),
         "latency_s": latency_s,
     }
     return propose(FACTS, document, {runtime.name: runtime for runtime in offered})["plans"]
@@ -116,3 +118,27 @@ def test_each_way_of_a_runtime_is_a_plan_of_its_own():
 def test_nothing_is_proposed_where_nothing_can_run():
     assert ask([Runtime("a", without="*")], None) == []
     assert ask([], None) == []
+
+
+def test_a_block_that_deltas_keep_editing_is_kept_out_of_larger_regions():
+    (plan,) = ask([Runtime("a")], None, restless=["layer.2/attention/norm"])
+    assert plan["label"] == "a whole around edits"
+    blocks = chain(FACTS)
+    at = blocks.index("layer.2/attention/norm")
+    runs = [tuple(region["blocks"]) for region in plan["regions"]]
+    assert all("layer.2/attention/norm" not in run for run in runs)
+    assert {block for run in runs for block in run} == {*blocks[:at], *blocks[at + 1 :]}
+
+
+def test_only_the_layer_that_is_edited_is_parted():
+    calm = {tuple(region["blocks"]) for region in ask([Runtime("a")], 0.1)[0]["regions"]}
+    plan = ask([Runtime("a")], 0.1, restless=["layer.2/attention/norm"])[0]
+    assert plan["label"] == "a layers around edits"
+    edited = {tuple(region["blocks"]) for region in plan["regions"]}
+    (parted,) = calm - edited
+    assert "layer.2/attention/norm" in parted
+
+
+@pytest.mark.parametrize("restless", [chain(FACTS), ("gone",)], ids=["all", "unknown"])
+def test_edits_everywhere_or_of_what_is_gone_part_nothing(restless: Sequence[str]):
+    assert ask([Runtime("a")], 0.1, restless=restless) == ask([Runtime("a")], 0.1)
