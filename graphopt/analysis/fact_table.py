@@ -1,5 +1,6 @@
 """The facts of one graph as an immutable value, and what an update of them reports."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import immutables
@@ -50,3 +51,16 @@ class Update:
     regions_gone: frozenset[str]
     weights_changed: frozenset[str]  # blocks whose structure is the same and whose constants differ
     released: frozenset[str]  # other blocks after which other values can be let go
+
+
+class Trace:
+    """Which queries an update ran, by name; `between` is called after each note of one."""
+
+    def __init__(self, between: Callable[[], None]) -> None:
+        self.reran: dict[str, list[str]] = {}
+        self.between = between
+
+    def __call__(self, query: str, key: str) -> None:
+        """Notes that `query` is run for `key`."""
+        self.reran.setdefault(query, []).append(key)
+        self.between()

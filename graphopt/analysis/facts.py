@@ -15,12 +15,12 @@ those of the graph before it.
     reader     value       the last block that reads a value from outside: after it the value can be let go
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import immutables
 
 from graphopt.analysis.blocks import CONTEXT, BlockUpdate, DataView, update_blocks
-from graphopt.analysis.fact_table import Facts, Update
+from graphopt.analysis.fact_table import Facts, Trace, Update
 from graphopt.analysis.infer import infer_node
 from graphopt.analysis.propagate import backward_key, operand_nodes, propagate, user_nodes
 from graphopt.analysis.region_facts import RegionUpdate
@@ -54,19 +54,23 @@ def analyse(graph: Graph) -> Facts:
     return update(Facts(Graph.empty(graph.name)), graph, change).facts
 
 
-def update(facts: Facts, graph: Graph, change: Change) -> Update:
+def update(
+    facts: Facts, graph: Graph, change: Change, between: Callable[[], None] = lambda: None
+) -> Update:
     """The facts of `graph`, which differs from `facts.graph` by `change`. Raises TypeMismatchError;
-    `facts` stays as it is.
+    `facts` stays as it is. `between` is called at each query, for work that is done in stretches.
     """
-    return _Updater(facts, graph, change).run()
+    return _Updater(facts, graph, change, between).run()
 
 
 class _Updater:
     """One update; each method is one query of the table above, in dependency order."""
 
-    def __init__(self, facts: Facts, graph: Graph, change: Change) -> None:
+    def __init__(
+        self, facts: Facts, graph: Graph, change: Change, between: Callable[[], None]
+    ) -> None:
         self.old, self.graph, self.change = facts, graph, change
-        self.reran: dict[str, list[str]] = {}
+        self.trace = Trace(between)
         self.seeds = {id for id in change.nodes if id in graph.nodes}
         for name in change.inputs:
             self.seeds.update(user_nodes(graph, name))
@@ -94,6 +98,7 @@ class _Updater:
         retraited = self._trait()
         relived = self._liveness()
         types, traits, live = self.types.finish(), self.traits.finish(), self.live.finish()
+        self.trace.between()
         self.moved = retraited | relived  # nodes that became data or context, live or not
         blocks = self._blocks(traits, live)
         homes, rehomed = self._homes(traits, live, blocks)
@@ -108,11 +113,8 @@ class _Updater:
             old.readers,
             old.last_readers,
         )
-        last = RegionUpdate(old, graph, self.change, self.moved, self.retyped_consts, self.reran)
+        last = RegionUpdate(old, graph, self.change, self.moved, self.retyped_consts, self.trace)
         return last.run(facts, blocks, retyped, rehomed)
-
-    def trace(self, query: str, key: str) -> None:
-        self.reran.setdefault(query, []).append(key)
 
     # -- forward
 

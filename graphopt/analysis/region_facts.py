@@ -7,7 +7,7 @@ are counted per value from outside, so that a value can be let go after the last
 import immutables
 
 from graphopt.analysis.blocks import CONTEXT, END, BlockTable, BlockUpdate
-from graphopt.analysis.fact_table import Facts, Update
+from graphopt.analysis.fact_table import Facts, Trace, Update
 from graphopt.analysis.propagate import user_nodes
 from graphopt.analysis.regions import Region, build_region
 from graphopt.draft import OUTPUT_PREFIX, Change
@@ -19,7 +19,7 @@ _NONE: "immutables.Map[str, int]" = immutables.Map()
 class RegionUpdate:
     """One update of regions and readers, after everything about single nodes is known.
 
-    `moved` are the nodes that became data or context, live or not; `reran` is the trace so far.
+    `moved` are the nodes that became data or context, live or not; `trace` has the queries so far.
     """
 
     def __init__(
@@ -29,14 +29,10 @@ class RegionUpdate:
         change: Change,
         moved: set[str],
         retyped_consts: set[str],
-        reran: dict[str, list[str]],
+        trace: Trace,
     ) -> None:
         self.old, self.graph, self.change = old, graph, change
-        self.moved, self.retyped_consts, self.reran = moved, retyped_consts, reran
-
-    def trace(self, query: str, key: str) -> None:
-        """Notes that a query was run."""
-        self.reran.setdefault(query, []).append(key)
+        self.moved, self.retyped_consts, self.trace = moved, retyped_consts, trace
 
     def run(
         self, facts: Facts, blocks: BlockUpdate, retyped: set[str], rehomed: set[str]
@@ -99,7 +95,7 @@ class RegionUpdate:
         if self.change.outputs:
             released |= self._output_readers(done)
         return Update(
-            done, self.reran, frozenset(changed), frozenset(gone), frozenset(weights - changed),
+            done, self.trace.reran, frozenset(changed), frozenset(gone), frozenset(weights - changed),
             frozenset(b for b in released - changed - weights if b in done.regions),
         )  # fmt: skip
 
@@ -159,7 +155,7 @@ class RegionUpdate:
             self.change.nodes
             | self.change.removed
             | self.change.inputs
-            | set(self.reran.get("home", ()))
+            | set(self.trace.reran.get("home", ()))
         )
         inside = set(previous.order) if previous else set()
         is_same = (
@@ -176,7 +172,7 @@ class RegionUpdate:
         )
 
     def _types_moved(self, region: Region) -> bool:
-        reran = set(self.reran.get("type", ()))
+        reran = set(self.trace.reran.get("type", ()))
         return any(id in reran for id in region.order) or bool(
             set(region.consts) & self.retyped_consts
         )

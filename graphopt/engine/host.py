@@ -16,18 +16,20 @@ from graphopt.costs.model import CostModel, default_model
 from graphopt.delta import Delta
 from graphopt.draft import Draft
 from graphopt.engine.better_path import BetterPath
+from graphopt.engine.give_way import GiveWay
 from graphopt.engine.ledger import JournalLedger, MemoryLedger, Recovered
 from graphopt.engine.live import Clocks, LiveModel
 from graphopt.engine.records import EngineSettings, Result, RevisionInfo
 from graphopt.engine.shelf import Shelf
 from graphopt.errors import DeltaError, ModelExistsError, ModelNotFoundError, nearest
 from graphopt.executor.build import EagerBuilder
+from graphopt.executor.publish import Slot
 from graphopt.executor.threads import BackgroundThread, ExecutorThreads
 from graphopt.graph import Graph
 from graphopt.limits import NAME_CHARS_MAX
 from graphopt.store import StateFolder
 
-SYSTEM_CLOCKS = Clocks(time.perf_counter, time.time)
+SYSTEM_CLOCKS = Clocks(time.perf_counter, time.time, time.sleep)
 
 
 class Host:
@@ -203,7 +205,11 @@ class Host:
             self._schedule,
         )
         model.foresee = partial(self.better.costs.foresee, model)
+        model.give_way = GiveWay(self._slots, self.clocks.monotonic_s, self.clocks.pause).start
         return model
+
+    def _slots(self) -> list[Slot]:
+        return [model.slot for model in list(self._models.values())]
 
     def _add(self, model: LiveModel, event: str, **fields: str) -> LiveModel:
         self._models[model.name] = model

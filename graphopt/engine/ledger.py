@@ -23,6 +23,7 @@ from graphopt.delta import Applied, PutConstant, apply
 from graphopt.delta_document import decode_delta, encode_delta
 from graphopt.documents import from_value
 from graphopt.draft import Draft
+from graphopt.engine.give_way import Between, go_on
 from graphopt.engine.records import RevisionInfo
 from graphopt.errors import GraphoptError, StateCorruptError
 from graphopt.graph import Constant, Graph
@@ -77,8 +78,10 @@ class Ledger(Protocol):
     def find(self, model: str, delta_id: str) -> tuple[str, str] | None:
         """(content hash, answer) of an acknowledged delta of that id."""
 
-    def commit(self, change: Commit) -> None:
-        """Durable on return; raises StateError and then the delta must not go live."""
+    def commit(self, change: Commit, between: Between = go_on) -> None:
+        """Durable on return; raises StateError and then the delta must not go live. `between` gives
+        way to requests.
+        """
 
     def graph_at(self, model: str, revision: int) -> Graph | None:
         """The graph of an older revision, where the ledger can still make it."""
@@ -94,7 +97,7 @@ class MemoryLedger:
         """See `Ledger`."""
         return self._known.get((model, delta_id))
 
-    def commit(self, change: Commit) -> None:
+    def commit(self, change: Commit, between: Between = go_on) -> None:
         """See `Ledger`."""
         delta_id = change.applied.expansion.id
         if delta_id is not None:
@@ -123,7 +126,7 @@ class JournalLedger:
         known = self.folder.journal.find_delta(model, delta_id)
         return (known.content_sha, known.answer) if known else None
 
-    def commit(self, change: Commit) -> None:
+    def commit(self, change: Commit, between: Between = go_on) -> None:
         """See `Ledger`. Blobs first, then the row."""
         expansion = change.applied.expansion
         puts = {
@@ -135,6 +138,7 @@ class JournalLedger:
             "delta": encode_delta(expansion),
         }
         body = json.dumps(document, separators=(",", ":"), allow_nan=False)
+        between()
         with self._lock:
             blob_of = self._blob_of[change.model]
             new = {digest: c.tensor for digest, c in puts.items() if digest not in blob_of}

@@ -6,7 +6,6 @@ model as it was. One writer at a time; requests never wait for it.
 """
 
 import json
-import re
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -20,6 +19,7 @@ from graphopt.delta import Applied as GraphApplied
 from graphopt.delta import Delta, apply_fully, difference
 from graphopt.engine.captured import Captured
 from graphopt.engine.churn import Churn
+from graphopt.engine.give_way import Between, go_on
 from graphopt.engine.identity import delta_digest
 from graphopt.engine.interface import changes_interface, check_interface, check_outputs
 from graphopt.engine.ledger import HISTORY_LINES_MAX, Commit, Ledger, Recovered
@@ -32,6 +32,7 @@ from graphopt.engine.records import (
     RevisionInfo,
 )
 from graphopt.engine.shelf import Shelf
+from graphopt.engine.summary import summary_of
 from graphopt.errors import DeltaError, DuplicateDeltaError, GraphoptError, PreconditionError
 from graphopt.executor.arrangement import Arrangement
 from graphopt.executor.build import EagerBuilder, bind_run, build_plan, replan, weight_key
@@ -45,7 +46,6 @@ from graphopt.graph import Graph
 from graphopt.limits import REVISIONS_KEPT_MAX
 
 SWITCH_DWELL_S = 2.0  # a plan stays at least so long: about a hundred requests of a model of 20 ms
-SUMMARY_EDITS_MAX = 3  # edits that one line of `history` names
 
 
 Foresee = Callable[[Facts, Arrangement, Facts, Arrangement], Foreseen | None]
@@ -57,10 +57,11 @@ class MovedOnError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Clocks:
-    """Where the engine gets time from: `monotonic_s` measures, `wall_s` labels."""
+    """Where the engine gets time from: `monotonic_s` measures, `wall_s` labels, `pause` sleeps."""
 
     monotonic_s: Callable[[], float]
     wall_s: Callable[[], float]
+    pause: Callable[[float], None]
 
 
 class LiveModel:
@@ -92,6 +93,7 @@ class LiveModel:
         self._improve = improve
         self.attend: Callable[[], None] = _nobody  # has the switch looked after, soon
         self.foresee: Foresee = _nothing
+        self.give_way: Callable[[], Between] = lambda: go_on
         self._writing = threading.RLock()
         self._unproven = set(self.facts.regions)  # blocks the better path has not looked at
         self._history: deque[RevisionInfo] = deque(recovered.history, maxlen=HISTORY_LINES_MAX)
@@ -217,7 +219,7 @@ class LiveModel:
     def dry_run(self, delta: Delta) -> DryRun:
         """What `apply` would do; raises what it would raise."""
         with self._writing:
-            applied, new = self._next(delta)
+            applied, new = self._next(delta, self.give_way())
             facts, old = self.facts, self.arrangement
         graph = applied.graph
         after, _ = old.after(new, old.plan.revision + 1, self.live_step)
@@ -395,7 +397,7 @@ class LiveModel:
             )
         return Applied(**json.loads(known[1]))
 
-    def _next(self, delta: Delta) -> tuple[GraphApplied, Update]:
+    def _next(self, delta: Delta, between: Between) -> tuple[GraphApplied, Update]:
         if delta.graph is not None and delta.graph != self.name:
             raise DeltaError(
                 f"the delta is for graph {delta.graph!r}, this is {self.name!r}",
@@ -405,7 +407,9 @@ class LiveModel:
         delta.check_revision(self.revision)
         facts = self.facts
         applied = apply_fully(facts.graph, delta, facts.type_of)
-        new = update(facts, applied.graph, applied.change)
+        between()
+        new = update(facts, applied.graph, applied.change, between)
+        between()
         check_outputs(new.facts)
         if not delta.allow_interface_change and (
             applied.change.outputs or applied.change.inputs or "type" in new.reran
@@ -416,10 +420,16 @@ class LiveModel:
         return applied, new
 
     def _apply(self, delta: Delta, kind: str, summary: str, start_s: float) -> Applied:
-        applied, new = self._next(delta)
+        between = self.give_way()
+        applied, new = self._next(delta, between)
         revision = self.revision + 1
         old = self.arrangement
-        arrangement, replanned = old.after(new, revision, self.live_step)
+
+        def make(facts: Facts, block: str) -> Step:
+            between()
+            return self.live_step(facts, block)
+
+        arrangement, replanned = old.after(new, revision, make)
         answer = Applied(
             revision,
             len(applied.change.nodes | applied.change.removed),
@@ -429,11 +439,14 @@ class LiveModel:
             0.0,
         )
         digest = delta_digest(delta) if delta.id is not None else ""
-        text = summary or _summary(delta)
+        text = summary or summary_of(delta)
         said = json.dumps(answer.fields())
-        self.ledger.commit(Commit(self.name, revision, applied, kind, text, digest, said))
+        between()
+        self.ledger.commit(Commit(self.name, revision, applied, kind, text, digest, said), between)
+        between()
         plan = self._publish(old, arrangement, new)
         live_s = self._clocks.monotonic_s() - start_s
+        between()
         self._history.append(
             RevisionInfo(revision, kind, text, delta.id, applied.graph.hash, self._clocks.wall_s())
         )
@@ -481,16 +494,3 @@ def _nothing(*_: object) -> None:
 
 def _replanned(new: Update) -> frozenset[str]:
     return new.regions_changed | new.weights_changed | new.released
-
-
-def _summary(delta: Delta) -> str:
-    """What the delta says it does, as documents spell it: `attach_adapter intent`."""
-    words = []
-    for edit in delta.edits[:SUMMARY_EDITS_MAX]:
-        kind = re.sub(r"(?<!^)([A-Z])", r"_\1", type(edit).__name__).lower()
-        about = next(
-            (getattr(edit, f) for f in ("name", "id", "node", "source") if hasattr(edit, f)), ""
-        )
-        words.append(f"{kind} {about}".strip())
-    more = len(delta.edits) - len(words)
-    return ", ".join(words) + (f" and {more} more" if more else "") or "no edits"

@@ -1,0 +1,98 @@
+"""When a delta sleeps for the requests beside it, and when it does not."""
+
+import pytest
+import torch
+
+from graphopt.analysis.facts import analyse
+from graphopt.engine.give_way import PAUSE_S, PAUSES_MOST_S, QUICK_S, WORK_S, GiveWay
+from graphopt.executor.build import EagerBuilder, build_plan
+from graphopt.executor.publish import Slot
+from graphopt.graph import Graph, Ref
+from graphopt.types import TensorType
+from helpers.graphs import BATCH, Builder
+
+
+class Time:
+    """A clock that moves when it is told to, and when somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self.slept_s: list[float] = []
+
+    def monotonic_s(self) -> float:
+        return self.now_s
+
+    def pause(self, length_s: float) -> None:
+        self.slept_s.append(length_s)
+        self.now_s += length_s
+
+
+@pytest.fixture
+def time() -> Time:
+    return Time()
+
+
+@pytest.fixture
+def slot() -> Slot:
+    b = Builder()
+    b.node("y", "relu.default", Ref("x"))
+    inputs = [("x", TensorType("f32", (BATCH, 8)))]
+    graph = Graph.build("small", b.nodes, inputs, [("y", Ref("y"))], b.constants)
+    return Slot(build_plan(analyse(graph), 1, EagerBuilder()))
+
+
+def serve(slot: Slot, took_s: float = 1e-3) -> None:
+    slot.run({"x": torch.zeros(2, 8)})
+    slot.latencies.drain()
+    slot.latencies.add((slot.plan.id, {}, took_s))
+
+
+def test_nobody_is_waited_for_where_nobody_is_served(time: Time, slot: Slot) -> None:
+    between = GiveWay(lambda: [slot], time.monotonic_s, time.pause).start()
+    for _ in range(10):
+        time.now_s += WORK_S
+        between()
+    assert time.slept_s == []
+
+
+def test_each_stretch_of_work_beside_quick_requests_ends_in_a_pause(time: Time, slot: Slot) -> None:
+    between = GiveWay(lambda: [slot], time.monotonic_s, time.pause).start()
+    for _ in range(3):
+        serve(slot)
+        time.now_s += WORK_S * 0.4
+        between()  # too early
+        time.now_s += WORK_S * 0.7
+        between()
+    assert time.slept_s == [PAUSE_S] * 3
+    time.now_s += WORK_S
+    between()  # nobody came meanwhile
+    assert time.slept_s == [PAUSE_S] * 3
+
+
+def test_a_delta_has_to_be_live_some_time(time: Time, slot: Slot) -> None:
+    way = GiveWay(lambda: [slot], time.monotonic_s, time.pause)
+    for _ in range(2):
+        time.slept_s.clear()
+        between = way.start()
+        for _ in range(1000):
+            serve(slot)
+            time.now_s += WORK_S
+            between()
+        assert sum(time.slept_s) == pytest.approx(PAUSES_MOST_S, abs=PAUSE_S)
+
+
+def test_long_requests_are_no_reason(time: Time, slot: Slot) -> None:
+    between = GiveWay(lambda: [slot], time.monotonic_s, time.pause).start()
+    serve(slot, QUICK_S)
+    time.now_s += WORK_S
+    between()
+    assert time.slept_s == []
+
+
+def test_requests_of_another_model_count(time: Time, slot: Slot) -> None:
+    other = Slot(slot.plan)
+    between = GiveWay(lambda: [other, slot], time.monotonic_s, time.pause).start()
+    serve(slot)
+    time.now_s += WORK_S
+    between()
+    assert time.slept_s == [PAUSE_S]
