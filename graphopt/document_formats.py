@@ -159,6 +159,8 @@ class _YamlLoad(Load):
             index = next((i for i, c in enumerate(self.text) if not _yaml_printable(c)), 0)
             self.refuse(f"the control character U+{code:04X}", index, "remove or escape it")
         words = [getattr(error, "context", None), getattr(error, "problem", None)]
+        if "nesting depth" in (words[1] or ""):  # libyaml's own bound, met while it reads ahead
+            self.refuse_depth(mark.index)
         message = "not valid YAML: " + ", ".join(word for word in words if word)
         at = self.text[mark.index : mark.index + 1]
         remedy = ""

@@ -98,7 +98,11 @@ class Load:
     def check_depth(self, index: int) -> None:
         """Refuse to open another mapping or list at the depth bound."""
         if len(self.trail) >= DOCUMENT_DEPTH_MAX:
-            self.refuse(f"nested deeper than {DOCUMENT_DEPTH_MAX} levels", index, error=LimitError)
+            self.refuse_depth(index)
+
+    def refuse_depth(self, index: int) -> NoReturn:
+        """Raise LimitError for what is opened at `index`."""
+        self.refuse(f"nested deeper than {DOCUMENT_DEPTH_MAX} levels", index, error=LimitError)
 
     def checked_text(self, text: str, index: int) -> str:
         """The text, if it can be written as UTF-8 and used as a name."""

@@ -78,7 +78,10 @@ def test_a_fused_step_is_verified_without_an_artifact(bench: Bench) -> None:
 
 
 def test_the_planner_runs_in_the_builder(bench: Bench) -> None:
-    facts = {"backends": ["numpy"], "threads": 1, "streams": 1, "buckets": [], "latency_s": None}
+    facts = {
+        "backends": ["numpy"], "threads": 1, "streams": 1, "buckets": [], "latency_s": None,
+        "restless": [],
+    }  # fmt: skip
     assert "plans" in bench.link.propose("chain", bench.revision, facts).result(ANSWER_S)
     with pytest.raises(BuilderError, match="chain: KeyError: 'backends'"):
         bench.link.propose("chain", bench.revision, {}).result(ANSWER_S)
