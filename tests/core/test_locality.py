@@ -139,6 +139,7 @@ def test_an_attribute_that_keeps_the_type_stops_at_its_node(model: Facts) -> Non
         "live": ["layer.1/gelu"],
         "region": ["layer.1/add"],
     }
+    assert done.facts.blocks is model.blocks, "no block is cut anew"
 
 
 def test_a_bypassed_node_reruns_its_user_and_one_block(model: Facts) -> None:

@@ -1,10 +1,17 @@
 """When a delta sleeps for the requests beside it, and when it does not."""
 
+import time as real_time
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from graphopt.analysis.facts import analyse
+from graphopt.delta import Delta, SetAttr
+from graphopt.engine import Host, LiveModel
 from graphopt.engine.give_way import PAUSE_S, PAUSES_MOST_S, QUICK_S, WORK_S, GiveWay
+from graphopt.engine.live import Clocks
+from graphopt.engine.records import EngineSettings
 from graphopt.executor.build import EagerBuilder, build_plan
 from graphopt.executor.publish import Slot
 from graphopt.graph import Graph, Ref
@@ -32,13 +39,16 @@ def time() -> Time:
     return Time()
 
 
+def small() -> Graph:
+    b = Builder()
+    b.node("y", "mul.Tensor", Ref("x"), 2.0)
+    inputs = [("x", TensorType("f32", (BATCH, 8)))]
+    return Graph.build("small", b.nodes, inputs, [("y", Ref("y"))], b.constants)
+
+
 @pytest.fixture
 def slot() -> Slot:
-    b = Builder()
-    b.node("y", "relu.default", Ref("x"))
-    inputs = [("x", TensorType("f32", (BATCH, 8)))]
-    graph = Graph.build("small", b.nodes, inputs, [("y", Ref("y"))], b.constants)
-    return Slot(build_plan(analyse(graph), 1, EagerBuilder()))
+    return Slot(build_plan(analyse(small()), 1, EagerBuilder()))
 
 
 def serve(slot: Slot, took_s: float = 1e-3) -> None:
@@ -96,3 +106,24 @@ def test_requests_of_another_model_count(time: Time, slot: Slot) -> None:
     time.now_s += WORK_S
     between()
     assert time.slept_s == [PAUSE_S]
+
+
+@pytest.mark.parametrize("work", [LiveModel.apply, LiveModel.dry_run])
+def test_live_models_give_way_to_the_requests_of_their_host(
+    time: Time, work: Callable[[LiveModel, Delta], object]
+) -> None:
+    def monotonic_s() -> float:
+        time.now_s += WORK_S
+        return time.now_s
+
+    clocks = Clocks(monotonic_s, real_time.time, time.pause)
+    host = Host(EngineSettings(improve=False, builder=False), clocks=clocks)
+    try:
+        edited, served = host.load(small()), host.load(small(), "other")
+        work(edited, Delta([SetAttr("y", "other", 3.0)]))
+        assert time.slept_s == []
+        served.run({"x": torch.zeros(2, 8)})
+        work(edited, Delta([SetAttr("y", "other", 4.0)]))
+        assert time.slept_s == [PAUSE_S]
+    finally:
+        host.close()
