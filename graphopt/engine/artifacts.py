@@ -91,6 +91,9 @@ class ArtifactCache:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def __contains__(self, key: ArtifactKey) -> bool:
+        return name_of(key) in self._entries
+
     def find(self, key: ArtifactKey) -> Artifact | None:
         """The entry of `key`, whole; None when there is none, or it was dropped just now.
 

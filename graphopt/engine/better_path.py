@@ -334,7 +334,9 @@ class BetterPath:
         if outcome.decision == "rolled_back":
             course.findings.take_back(outcome)
             label = outcome.key[0] if isinstance(outcome.key, tuple) else ""
-            self.supply.forget(model.name, model.graph.hash, label)
+            found = course.findings.get(label)
+            family = found.family if found is not None else label
+            self.supply.forget(model.name, model.graph.hash, family or label)
         if course.campaign is not None:
             course.campaign.take(outcome)
 

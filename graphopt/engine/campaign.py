@@ -1,8 +1,10 @@
 """A campaign: the way of one revision from its live-path plan to the best plan of this host.
 
-First the `fused` steps, then the choice remembered for this very graph; else the builder proposes
+First the choice remembered for this very graph, then the `fused` steps; else the builder proposes
 plans, and one after the other is built where artifacts are missing, loaded, put together, warmed,
-tried against the published plan and published under watch. A coroutine of the background thread: it
+tried against the published plan and published under watch. After a delta that left most of what ran
+in place the `fused` steps come second: by then the runtime has what it touched. What is nearly there
+comes before what is to be built whole. A coroutine of the background thread: it
 waits for the builder's answers and for verdicts, and it is closed when a delta makes another
 revision. Artifacts and findings outlive it, so the next revision's campaign does only what changed.
 
@@ -16,9 +18,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from graphopt.analysis.facts import Facts
+from graphopt.costs.plan_cost import PlanCost
 from graphopt.engine.assembly import Keyed, Piece, artifact_key, overlays_of, pieces_of
 from graphopt.engine.builder_link import BuilderLink
-from graphopt.engine.costs import Costs
+from graphopt.engine.costs import Costs, sizes_of
 from graphopt.engine.findings import (
     Finding,
     Findings,
@@ -31,6 +34,7 @@ from graphopt.engine.gather import REASONS_KEPT, Gathering, gather
 from graphopt.engine.improve import FusedStage, Waiting
 from graphopt.engine.live import LiveModel, MovedOnError
 from graphopt.engine.pins import Pins
+from graphopt.engine.precedent import NEAR, nodes_of, share_of, why_known
 from graphopt.engine.supply import Supply
 from graphopt.engine.traffic import hot_shapes, request_seconds
 from graphopt.errors import BuilderError
@@ -143,13 +147,36 @@ class Campaign:
         recalled = False
         if has_runtimes and not self.model.arrangement_of(facts).overlays:
             recalled = self._recall(facts)
-        if self._may_prepare("fused"):
-            yield from self._means.fused.course(self.model)
+        # After a delta what is at hand but for a layer or two is there before the `fused` steps were
+        waits = has_runtimes and not recalled and self.findings.chosen is not None
+        if not waits:
+            yield from self._prepare_fused()
         if link is None or not has_runtimes:
             return
-        shapes = hot_shapes(self.model.slot)
-        if recalled and not shapes.buckets:
+        if recalled and not hot_shapes(self.model.slot).buckets:
             return
+        plans = yield from self._propose(link, facts)
+        is_blind = bool(facts.graph.symbols) and not self.model.requests()
+        for plan in self._in_order(plans, facts):
+            if waits and not self._is_at_hand(plan, facts):
+                waits = False
+                yield from self._prepare_fused()
+            has_runtime = bool(self.model.arrangement_of(facts).overlays)
+            if is_blind and has_runtime and not self._is_chosen(plan):
+                break  # in what shapes to compare the others, only requests can tell
+            if self._is_open(plan, facts):
+                yield from self._pursue(plan, facts)
+        if waits:
+            yield from self._prepare_fused()
+        self._conclude(facts)
+
+    def _prepare_fused(self) -> Waiting:
+        if self._may_prepare("fused"):
+            yield from self._means.fused.course(self.model)
+
+    def _propose(self, link: BuilderLink, facts: Facts) -> Waiting:
+        """The plans that the builder proposes; none when it cannot."""
+        shapes = hot_shapes(self.model.slot)
         link.set_requests(self.model.name, self.model.requests())
         document = {
             "backends": list(self._means.supply.versions()),
@@ -166,14 +193,8 @@ class Campaign:
             self.model.settings.events(
                 "builder.failed", {"job": f"propose {self.model.name}", "message": str(error)}
             )
-            return
-        is_blind = bool(facts.graph.symbols) and not self.model.requests()
-        for plan in self._in_order(proposal["plans"]):
-            if is_blind and self.model.arrangement_of(facts).overlays:
-                break  # in what shapes to compare the others, only requests can tell
-            if self._is_open(plan, facts):
-                yield from self._pursue(plan, facts)
-        self._conclude(facts)
+            return []
+        return proposal["plans"]
 
     def _recall(self, facts: Facts) -> bool:
         """Publishes what was chosen for this very graph before, if its artifacts are at hand.
@@ -197,7 +218,7 @@ class Campaign:
             return False
         self.model.introduce(new)
         key = (label, finding.structures)
-        if self.model.switch.consider(new.plan, key, expected=old.plan, is_known=True):
+        if self.model.switch.consider(new.plan, key, expected=old.plan, known=finding.reason):
             return False
         self.model.attend()  # to have it told
         self.findings.note(with_figures(finding, self.findings.get(label)))
@@ -205,8 +226,8 @@ class Campaign:
 
     def _pursue(self, plan: Mapping[str, Any], facts: Facts) -> Waiting:
         """Builds one proposed plan and has it judged."""
-        before = self.findings.get(plan["label"])
-        finding = Finding(plan["label"], "building", revision=self.revision)
+        before = self.findings.get(plan["label"]) or self.findings.get(plan["family"])
+        finding = Finding(plan["label"], "building", revision=self.revision, family=plan["family"])
         keyed = self._keyed(facts, pieces_of(plan))
         finding = with_keys(finding, keyed)
         self.wanted = frozenset(key for _, key in keyed)
@@ -231,7 +252,7 @@ class Campaign:
         if new.plan.id == old.plan.id and overlays:
             self.findings.note(with_figures(replace(finding, state="chosen"), before))
             return
-        if _nodes(overlays) < COVERED_MIN * sum(_nodes_of(facts, run) for run in _runs(keyed)):
+        if _nodes(overlays) < COVERED_MIN * sum(nodes_of(facts, run) for run in _runs(keyed)):
             self.findings.note(replace(finding, state="failed"))
             return
         if self._is_held(finding, plan["backend"], before):
@@ -244,13 +265,13 @@ class Campaign:
             reason = reason or "no request to try it on"
             self.findings.note(replace(finding, state=state, reason=reason))
             return
-        is_known = (
-            before is not None
-            and before.state in ("chosen", "replaced")
-            and finding.shapes <= before.shapes
-            and finding.structures <= self._means.supply.proven(finding.label)
+        proven = self._means.supply.proven(finding.family)
+        known = why_known(
+            facts, finding, before, keyed, proven, lambda: self._prices(facts, old, new)
         )
-        yield from self._judge(replace(finding, state="on trial"), old, new, is_known=is_known)
+        runs = before is not None and before.state == "chosen" and bool(old.overlays)
+        finding = replace(finding, state="on trial")
+        yield from self._judge(finding, old, new, known=known, runs=runs)
 
     def _is_held(self, finding: Finding, backend: str, before: Finding | None) -> bool:
         """Whether a pin is against a plan on `backend`, which is then noted."""
@@ -263,9 +284,9 @@ class Campaign:
         return True
 
     def _judge(
-        self, finding: Finding, old: Arrangement, new: Arrangement, *, is_known: bool
+        self, finding: Finding, old: Arrangement, new: Arrangement, *, known: str, runs: bool
     ) -> Waiting:
-        """Has the switch decide. A way that won with just these structures needs no trial again."""
+        """Has the switch decide. `known`: why no trial is needed; `runs`: see `judged`."""
         model, switch = self.model, self.model.switch
         self.findings.note(finding)
         key = self._judged = (finding.label, finding.structures)  # what a back-off is about
@@ -273,10 +294,10 @@ class Campaign:
         model.introduce(new)
         waited_s = 0.0
         while why := switch.consider(
-            new.plan, key, expected=old.plan, is_known=is_known, latency_s=self._latency_s(),
+            new.plan, key, expected=old.plan, known=known, latency_s=self._latency_s(),
         ):  # fmt: skip
             is_away = switch.is_away(key)
-            state: State = "no gain" if is_away else "on trial"
+            state: State = ("chosen" if runs else "no gain") if is_away else "on trial"
             self.findings.note(replace(finding, state=state, reason=why))
             if model.slot.plan is not old.plan or is_away:
                 return
@@ -291,12 +312,13 @@ class Campaign:
         model.attend()
         outcome: Outcome = yield self._verdict
         self._verdict = None
-        self.findings.note(judged(finding, outcome))
+        self.findings.note(judged(finding, outcome, runs=runs))
         if outcome.decision == "published":
             for other in self.findings:
                 if other.state == "chosen" and other.label != finding.label:
                     self.findings.note(replace(other, state="replaced"))
-            self._means.supply.prove(finding.label, finding.structures)
+            if outcome.cause == "trial":  # what the cost model foresaw is under watch yet
+                self._means.supply.prove(finding.family, finding.structures)
 
     # -- helpers
 
@@ -308,10 +330,29 @@ class Campaign:
         pin = self._means.pins.get(self.model.name)
         return pin is None or pin.allows(tier) or (self._restores and pin.tiers is None)
 
-    def _in_order(self, plans: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """What was chosen last comes first."""
+    def _in_order(
+        self, plans: Sequence[Mapping[str, Any]], facts: Facts
+    ) -> list[Mapping[str, Any]]:
+        """What is at hand but for little comes first, and of that what was chosen last."""
+        return sorted(
+            plans, key=lambda plan: (not self._is_at_hand(plan, facts), not self._is_chosen(plan))
+        )
+
+    def _is_chosen(self, plan: Mapping[str, Any]) -> bool:
+        """Whether a plan was chosen, or another one of its family."""
         chosen = self.findings.chosen
-        return sorted(plans, key=lambda plan: chosen is None or plan["label"] != chosen.label)
+        return chosen is not None and plan["family"] in (chosen.label, chosen.family)
+
+    def _is_at_hand(self, plan: Mapping[str, Any], facts: Facts) -> bool:
+        """Whether hardly anything of a plan has to be built."""
+        keyed = self._keyed(facts, pieces_of(plan))
+        return share_of(facts, keyed, self._means.supply.is_at_hand) >= 1.0 - NEAR
+
+    def _prices(
+        self, facts: Facts, old: Arrangement, new: Arrangement
+    ) -> tuple[PlanCost | None, PlanCost | None]:
+        sizes, costs = sizes_of(self.model), self._means.costs
+        return costs.plan(facts, old, sizes), costs.plan(facts, new, sizes)
 
     def _is_open(self, plan: Mapping[str, Any], facts: Facts) -> bool:
         """Whether a plan is worth another look.
@@ -320,6 +361,10 @@ class Campaign:
         that won by layers.
         """
         found, chosen = self.findings.get(plan["label"]), self.findings.chosen
+        was_replaced = found is not None and found.state == "replaced"
+        is_bare = not self.model.arrangement_of(facts).overlays
+        if was_replaced and is_bare and self._is_at_hand(plan, facts):
+            return True  # a delta took the better one away
         by_layers = chosen is not None and " layers" in chosen.label
         if chosen is not None and by_layers and plan["layout"] == "whole":
             is_rival = chosen.label.startswith(plan["backend"])
@@ -376,10 +421,6 @@ class Campaign:
 
 def _runs(keyed: Keyed) -> set[tuple[str, ...]]:
     return {piece.blocks for piece, _ in keyed}
-
-
-def _nodes_of(facts: Facts, run: tuple[str, ...]) -> int:
-    return sum(len(facts.regions[block].order) for block in run)
 
 
 def _nodes(overlays: Sequence[Overlay]) -> int:

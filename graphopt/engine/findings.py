@@ -33,6 +33,8 @@ class Finding:
         latency_s: median of a request on it in its trial; None likewise.
         build_s: wall time of all builds it took, None when all artifacts were at hand.
         resident_bytes: memory of its artifacts beyond mapped files.
+        family: label of the same way of running without regard to blocks that are left out because
+            deltas keep editing them; what won in one of a family counts for all.
     """
 
     label: str
@@ -45,6 +47,7 @@ class Finding:
     latency_s: float | None = None
     build_s: float | None = None
     resident_bytes: int | None = None
+    family: str = ""
 
     def stands_for(self, structures: Iterable[str], shapes: Iterable[str]) -> bool:
         """Whether the conclusion holds for a plan of these regions and shape variants."""
@@ -107,10 +110,16 @@ def with_figures(finding: Finding, before: Finding | None) -> Finding:
     )  # fmt: skip
 
 
-def judged(finding: Finding, outcome: Outcome) -> Finding:
-    """The finding with what the switch decided."""
+def judged(finding: Finding, outcome: Outcome, *, runs: bool) -> Finding:
+    """The finding with what the switch decided.
+
+    `runs`: regions of this way of running are published, and go on whatever becomes of the new ones.
+    """
     trial = outcome.trial
-    states: dict[str, State] = {"published": "chosen", "refused": "no gain"}
+    states: dict[str, State] = {
+        "published": "chosen",
+        "refused": "chosen" if runs else "no gain",
+    }
     state = states.get(outcome.decision, "building")  # not judged to the end: open again
     return replace(
         finding,

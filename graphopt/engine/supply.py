@@ -74,6 +74,10 @@ class Supply:
         folder = self._cache.new_folder()
         return BuildJob(model, revision, piece.blocks, piece.backend, piece.options, folder)
 
+    def is_at_hand(self, key: ArtifactKey) -> bool:
+        """Whether the artifact need not be built: it is loaded, or lies on disk."""
+        return self.loaded.find(key) is not None or key in self._cache
+
     def fetch(self, facts: Facts, piece: Piece, key: ArtifactKey) -> bool:
         """Whether the artifact is in memory now: it was, or it was loaded from disk."""
         if self.loaded.find(key) is not None:

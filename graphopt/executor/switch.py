@@ -118,7 +118,7 @@ class Switch:
         key: Hashable,
         *,
         expected: Plan,
-        is_known: bool = False,
+        known: str = "",
         weights: Mapping[Bucket, float] | None = None,
         latency_s: float | None = None,
     ) -> str:
@@ -128,7 +128,7 @@ class Switch:
             candidate: of the same revision, warm.
             key: names what it is made of, for back-off; equal for equal candidates.
             expected: the plan it was derived from.
-            is_known: its cost was measured on this host and is lower: it is published and watched.
+            known: why it is known to be faster without a trial; if so it is published and watched.
             weights: traffic by bucket; by default what the trial sees.
             latency_s: what a request takes now, for a trial of fitting length.
 
@@ -140,17 +140,14 @@ class Switch:
         if why := self._hysteresis.why_not(key, self._now_s()):
             return why
         self._key, self._plan, self._current = key, candidate, expected
-        if is_known:
+        if known:
             if not self._slot.publish(candidate, expected=expected):
                 self._clear()
                 return "another plan was published"
             self._hysteresis.switched(self._now_s())
             self._said.append(
-                Outcome(
-                    "published", "known_cost", candidate.id, expected.id, key,
-                    "it won with regions of this structure before",
-                )
-            )  # fmt: skip
+                Outcome("published", "known_cost", candidate.id, expected.id, key, known)
+            )
             self._watch(None)
             return ""
         settings = self._settings

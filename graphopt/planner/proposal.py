@@ -45,9 +45,10 @@ def propose(
         offered: the backends by name; by default those that are registered.
 
     Returns:
-        `plans`: a list, the most promising first; each has a `label`, `layout` (`layers` or
-        `whole`), `backend` and `regions`, a list of `{blocks, options}` where several entries of
-        the same blocks are variants for shape buckets.
+        `plans`: a list, the most promising first; each has a `label`, a `family` (the label but for
+        what is left out around edits), `layout` (`layers` or `whole`), `backend` and `regions`, a
+        list of `{blocks, options}` where several entries of the same blocks are variants for shape
+        buckets.
     """
     known = backends() if offered is None else offered
     count = layer_count(facts)
@@ -81,18 +82,19 @@ def _plans(
     backend: Backend,
 ) -> list[dict[str, Any]]:
     calm = around(facts, runs, restless)
-    about = [layout] if calm == runs else [layout, "around edits"]
+    around_edits = [] if calm == runs else ["around edits"]
     pieces = [piece for run in calm for piece in supported(facts, run, backend)]
     plans = []
     for threads in _thread_counts(document):
         base = Options(threads, document["streams"])
         for extra, regions in _variants(facts, document, pieces, backend, base).items():
-            words = [backend.name, *about, *(f"{key}={value}" for key, value in extra)]
+            words = [f"{key}={value}" for key, value in extra]
             if threads != document["threads"]:
                 words.append(f"threads={threads}")
             plans.append(
                 {
-                    "label": " ".join(words),
+                    "label": " ".join([backend.name, layout, *around_edits, *words]),
+                    "family": " ".join([backend.name, layout, *words]),
                     "layout": layout,
                     "backend": backend.name,
                     "regions": regions,

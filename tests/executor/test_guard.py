@@ -302,7 +302,7 @@ def test_a_plan_that_becomes_twice_as_slow_is_taken_back_within_50_requests(
     for seed in range(40):
         host, _, candidate, new = host_of(make(seed))
         host.serve(100)
-        host.switch.consider(candidate, "key", expected=host.current, is_known=True)
+        host.switch.consider(candidate, "key", expected=host.current, known="it won before")
         host.serve(40)
         new.factor = 4.0  # was half of the other plan's time, is twice
         host.outcomes.clear()
@@ -331,7 +331,9 @@ def test_a_plan_of_known_cost_is_published_without_a_trial_and_watched() -> None
     host, _, candidate, new = host_of(lognormal(0, 0.05))
     host.serve(100)
     new.factor = 4.0
-    assert host.switch.consider(candidate, "key", expected=host.current, is_known=True) == ""
+    assert (
+        host.switch.consider(candidate, "key", expected=host.current, known="it won before") == ""
+    )
     assert host.slot.plan is candidate
     assert sum(host.serve(100, until="rolled_back").values()) <= 50
     assert host.slot.plan is host.current
@@ -341,7 +343,7 @@ def test_a_published_plan_that_raises_is_out_at_once_and_the_request_is_served()
     clock = Clock()
     host = Host(timed(1, clock, lambda: 1.0), clock)
     candidate = failing(2, RuntimeError("no kernel"), after=5)
-    host.switch.consider(candidate, "key", expected=host.current, is_known=True)
+    host.switch.consider(candidate, "key", expected=host.current, known="it won before")
     ran = host.serve(20)
     assert ran == {candidate.id: 5, host.current.id: 15}
     assert host.decisions() == [
