@@ -1,7 +1,7 @@
 """What one model may have of the process: requests at once, threads inside each, memory of its plan."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -14,6 +14,7 @@ import graphopt
 from graphopt.delta import AddNode, Delta, Rewire
 from graphopt.dims import symbol
 from graphopt.engine import Engine, EngineSettings, Host, ModelLimits
+from graphopt.engine.builder_link import BuilderLink
 from graphopt.engine.findings import Finding
 from graphopt.engine.live import LiveModel
 from graphopt.engine.thread_budget import ThreadBudget
@@ -196,9 +197,25 @@ def in_two(engine: Engine) -> None:
     )
 
 
-def test_artifacts_are_built_for_the_threads_of_their_model(start: Start) -> None:
+def test_artifacts_are_built_for_the_threads_of_their_model(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Mapping[str, Any]] = []
+    propose = BuilderLink.propose
+
+    def watched(link: BuilderLink, model: str, revision: int, document: Any) -> Any:
+        asked.append(document)
+        return propose(link, model, revision, document)
+
+    monkeypatch.setattr(BuilderLink, "propose", watched)
     engine = start("Once", {"chain": limits(3, 2)})
-    assert finding(engine, "once whole").shapes == {"2 threads, 3 streams"}
+    assert engine.settle(SETTLED_S)
+    assert {(each["threads"], each["streams"]) for each in asked} == {(2, 3)}
+    (step,) = engine.model.slot.plan.steps
+    # A quick model is tried with one thread in a call too
+    assert (step.tier, step.options) in [
+        ("once", f"{n}, 3 streams") for n in ("2 threads", "1 thread")
+    ]
 
 
 def test_the_live_steps_are_priced_for_the_threads_of_their_model() -> None:
