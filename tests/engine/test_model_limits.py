@@ -84,10 +84,14 @@ def test_models_of_other_preferences_share_the_cpus_and_the_wide_one_is_not_pass
         for _ in two:
             narrow.wait_begun()
         waiting, late = wide.submit(), narrow.submit()
+        order: list[str] = []
+        for future, name in ((waiting, "wide"), (late, "narrow")):
+            future.add_done_callback(lambda _, name=name: order.append(name))
         wide.may_end.set()
         narrow.may_end.set()
         for future in (*two, waiting, late):
             future.result(SETTLED_S)
+        assert order == ["wide", "narrow"]
         assert (wide.counts, narrow.counts) == ([2], [1, 1, 1])
         assert host.threads.count == 2
 
