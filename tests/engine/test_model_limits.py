@@ -19,6 +19,7 @@ from graphopt.engine.findings import Finding
 from graphopt.engine.live import LiveModel
 from graphopt.engine.thread_budget import ThreadBudget
 from graphopt.executor.shares import Admission
+from graphopt.executor.threads import own_thread_count
 from graphopt.graph import Graph, Ref, Symbol
 from graphopt.types import TensorType
 from helpers.graphs import Builder
@@ -28,6 +29,12 @@ SETTLED_S = 120.0  # of a broken test; a good one takes seconds
 X = {"x": torch.randn(4, 8)}
 
 Start = Callable[..., Engine]
+
+
+@pytest.fixture(autouse=True)
+def own_count() -> None:
+    """This thread keeps to one: at its first look it would take over what another thread set."""
+    own_thread_count(1)
 
 
 def chain(length: int = 4) -> Graph:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphopt.executor.shares import Admission, Share
-from graphopt.executor.threads import ExecutorThreads
+from graphopt.executor.threads import ExecutorThreads, own_thread_count
 
 ENDED_S = 60.0  # of a broken test
 
@@ -81,6 +81,12 @@ def test_who_waits_for_his_own_share_holds_up_nobody_else() -> None:
     assert begun == ["a", "c"]
     admission.leave(capped)
     assert begun == ["a", "c", "b"]
+
+
+@pytest.fixture(autouse=True)
+def own_count() -> None:
+    """This thread keeps to one: at its first look it would take over what another thread set."""
+    own_thread_count(1)
 
 
 class Held:
