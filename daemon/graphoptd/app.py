@@ -26,7 +26,8 @@ from typing import Any
 import graphopt
 from cost_models.coefficients import operator_files
 from cost_models.host_model import HostModel, calibration_path
-from graphopt.engine import EngineSettings, Host, LiveModel
+from graphopt.engine import EngineSettings, Host, LiveModel, ModelLimits
+from graphopt.engine.records import EventSink
 from graphopt.errors import GraphoptError
 from graphopt.executor.samples import sample_inputs
 from graphoptd import config
@@ -138,18 +139,14 @@ class App:
     def _recover(self) -> None:
         start_s = time.monotonic()
         spare_dynamo()
-        threads = self.settings.executor.budget()
         events = EngineEvents(origin, self._store_failed)
         state = self.settings.state.path
-        builder = self.settings.builder
-        settings = EngineSettings(
-            threads.workers, threads.each, builder=builder.enabled,
-            builder_floor_pct=builder.floor_pct,
-            artifacts_bytes_max=builder.artifacts_bytes_max, events=events,
-        )  # fmt: skip
+        settings = engine_settings(self.settings, events)
         costs = self.costs = HostModel(calibration_path(state), self.settings.costs.path)
         self.host = Host(settings, state, cost_model=costs)
-        self.directory = HostDirectory(self.host, lambda: self.settings.repository)
+        self.directory = HostDirectory(
+            self.host, lambda: self.settings.repository, lambda name: self.settings.queue_max(name)
+        )
         self.configured = ConfiguredModels(self.host, state)
         models = self.host.models().values()
         emit(
@@ -294,6 +291,21 @@ class App:
     def models(self) -> Mapping[str, LiveModel]:
         """The live models."""
         return self.host.models() if hasattr(self, "host") else {}
+
+
+def engine_settings(settings: Settings, events: EventSink) -> EngineSettings:
+    """What the configuration tells the engine."""
+    executor, builder = settings.executor, settings.builder
+    threads = executor.budget()
+    limits = {
+        name: ModelLimits(executor.budget_of(model), model.memory_bytes_max)
+        for name, model in settings.models.items()
+    }
+    return EngineSettings(
+        threads.workers, threads.each, builder=builder.enabled,
+        builder_floor_pct=builder.floor_pct, artifacts_bytes_max=builder.artifacts_bytes_max,
+        events=events, models=limits,
+    )  # fmt: skip
 
 
 def _cost_keys(names: Sequence[str]) -> tuple[str, ...]:

@@ -106,10 +106,10 @@ def compare(running: Settings, wanted: Settings) -> Reload:
     models = dict(running.models)
     for name in wanted.models:
         if name not in models:
-            models[name] = wanted.models[name]
+            # Loaded at once, with the defaults of what counts from the next start
+            models[name] = ModelSettings(wanted.models[name].bundle)
             changed[LIVE].append(f"models.{name}")
-        else:
-            models[name] = _merged(models[name], wanted.models[name], f"models.{name}.", changed)
+        models[name] = _merged(models[name], wanted.models[name], f"models.{name}.", changed)
     # A name that left the file stays loaded: the journal says what is loaded.
     changed[STATE] += [f"models.{name}" for name in running.models if name not in wanted.models]
     settings = replace(settings, models=MappingProxyType(models))

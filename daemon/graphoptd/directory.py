@@ -14,6 +14,7 @@ from graphopt.analysis.facts import Facts
 from graphopt.bundle import load_bundle
 from graphopt.engine import Host, LiveModel
 from graphopt.errors import ModelNotFoundError, RequestError, nearest
+from graphopt.executor.threads import keep_thread_count
 from graphopt.types import TensorType
 from graphoptd.data import IndexEntry, Result, Signature, TensorSpec, Timed, timed
 from graphoptd.data.lanes import Lane
@@ -28,12 +29,15 @@ _YIELD_S = 0.0001  # between two looks at a model that is being published, which
 
 
 class Hosted:
-    """A live model of the host, served under its name."""
+    """A live model of the host, served under its name; `queue_max` None leaves that to the plane."""
 
-    def __init__(self, host: Host, model: LiveModel, proof: RowProof) -> None:
+    def __init__(
+        self, host: Host, model: LiveModel, proof: RowProof, queue_max: int | None = None
+    ) -> None:
         self.name = model.name
         self.model = model
         self._host = host
+        self._queue_max = queue_max
         self._proof = proof
         self._signature = self._describe(*self._current())
 
@@ -49,28 +53,30 @@ class Hosted:
         return self._signature
 
     def capacity(self) -> int:
-        """Executor threads of the host, which all models share."""
-        return self._host.threads.count
+        """Its requests at once at most; the CPUs for them it shares with all models."""
+        return self.model.share.workers
+
+    def queue_max(self) -> int | None:
+        """As its configuration says."""
+        return self._queue_max
 
     def plan_id(self) -> str:
         """The published plan."""
         return self.model.slot.plan.id
 
     def run(self, inputs: dict[str, torch.Tensor]) -> Result:
-        """Do one run in this thread, with as many torch threads as the executor threads use.
+        """Do one run in this thread, with as many torch threads as an executor thread would use.
 
         The count is the calling thread's own, and it must be theirs: a sum over 300,000 elements,
         17 us, gives other last bits when it is split in two. What is too small to be split starts
         no threads whatever the count. RequestError when the inputs do not fit.
         """
-        intra_op = self._host.threads.intra_op
-        if torch.get_num_threads() != intra_op:
-            torch.set_num_threads(intra_op)
+        keep_thread_count(self.model.share.each)
         return self.model.run(inputs)
 
     def submit(self, inputs: dict[str, torch.Tensor]) -> "Future[Timed]":
         """Queue one run on an executor thread, and measure it there."""
-        return self._host.threads.submit(lambda: timed(self.model.run, inputs))
+        return self._host.threads.submit(lambda: timed(self.model.run, inputs), self.model.share)
 
     def _current(self) -> tuple[Facts, int]:
         """Facts and revision that belong together: a delta stores one, then the other."""
@@ -95,11 +101,18 @@ class HostDirectory:
         host: the models.
         repository: the folder that `load` takes bundles from, or None; asked at every load because
             a reload may change it.
+        queue_max: requests that may wait for the model of that name; None where nobody has said.
     """
 
-    def __init__(self, host: Host, repository: Callable[[], Path | None]) -> None:
+    def __init__(
+        self,
+        host: Host,
+        repository: Callable[[], Path | None],
+        queue_max: Callable[[str], int | None] = lambda _: None,
+    ) -> None:
         self._host = host
         self._repository = repository
+        self._queue_max = queue_max
         self._proof = RowProof()
         self._hosted: dict[str, Hosted] = {}
         self._lock = threading.Lock()
@@ -118,7 +131,8 @@ class HostDirectory:
             return None
         if hosted is None or hosted.model is not model:
             try:
-                hosted = self._hosted[name] = Hosted(self._host, model, self._proof)
+                queue_max = self._queue_max(name)
+                hosted = self._hosted[name] = Hosted(self._host, model, self._proof, queue_max)
             except RequestError:
                 return None  # `index` says why
         return hosted

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from graphopt.documents import Rule
-from graphopt.engine.thread_budget import ThreadBudget, budget
+from graphopt.engine.thread_budget import Prefer, ThreadBudget, budget, usable_cpus
 
 LIVE, RESTART, STATE = "live", "restart", "state"
 
@@ -140,7 +140,7 @@ class SpoolSettings:
 class ExecutorSettings:
     """Threads that run requests, the runtime's threads inside each, and what runs behind them."""
 
-    prefer: Literal["latency", "throughput"] = field(default="latency", metadata=restart())
+    prefer: Prefer = field(default="latency", metadata=restart())
     threads: ThreadCount = field(default="auto", metadata=restart(low=1, high=THREADS_MAX))
     intra_op_threads: ThreadCount = field(default="auto", metadata=restart(low=1, high=THREADS_MAX))
 
@@ -149,6 +149,25 @@ class ExecutorSettings:
         workers = None if self.threads == "auto" else self.threads
         each = None if self.intra_op_threads == "auto" else self.intra_op_threads
         return budget(self.prefer, workers, each, cpus)
+
+    def budget_of(self, model: "ModelSettings", cpus: int | None = None) -> ThreadBudget:
+        """The threads of one model: its share of those of the process, never wider than they are.
+
+        A model that prefers something itself leaves these settings behind, but not the CPUs that
+        they name together.
+        """
+        cpus = usable_cpus() if cpus is None else cpus
+        own = self.budget(cpus)
+        if "auto" not in (self.threads, self.intra_op_threads):
+            cpus = own.workers * own.each
+        if model.prefer is not None:
+            own = budget(model.prefer, cpus=cpus)
+        if model.threads == "auto":
+            return own
+        is_given = model.prefer is None and self.intra_op_threads != "auto"
+        # Fewer at once does not make each of them wider: the other models have requests too.
+        each = own.each if is_given else min(own.each, max(1, cpus // model.threads))
+        return ThreadBudget(model.threads, each)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,10 +199,18 @@ class LogSettings:
 
 @dataclass(frozen=True, slots=True)
 class ModelSettings:
-    """One model: its bundle and where it runs."""
+    """One model: its bundle, where it runs, and what it may have of the process.
+
+    None takes what the section of the same word says for all models: `executor.prefer`,
+    `data.queue_max`; for the memory, no bound.
+    """
 
     bundle: Path = field(metadata=journaled())
     device: str = field(default="auto", metadata=restart(pattern=DEVICE_PATTERN))
+    prefer: Prefer | None = field(default=None, metadata=restart())
+    threads: ThreadCount = field(default="auto", metadata=restart(low=1, high=THREADS_MAX))
+    queue_max: int | None = field(default=None, metadata=restart(low=1, high=1 << 20))
+    memory_bytes_max: int | None = field(default=None, metadata=restart(low=0, high=BYTES_MAX))
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,3 +233,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.data.repository_control and self.repository is None:
             raise ValueError("data.repository_control is on, but repository names no folder")
+
+    def queue_max(self, name: str) -> int | None:
+        """Requests that may wait for the model of that name; None where it says nothing itself."""
+        model = self.models.get(name)
+        return model.queue_max if model is not None else None

@@ -3,7 +3,14 @@
 from graphopt.engine.engine import Engine
 from graphopt.engine.host import Host
 from graphopt.engine.live import LiveModel
-from graphopt.engine.records import Applied, DryRun, EngineSettings, Result, RevisionInfo
+from graphopt.engine.records import (
+    Applied,
+    DryRun,
+    EngineSettings,
+    ModelLimits,
+    Result,
+    RevisionInfo,
+)
 
 __all__ = [
     "Applied",
@@ -12,6 +19,7 @@ __all__ = [
     "EngineSettings",
     "Host",
     "LiveModel",
+    "ModelLimits",
     "Result",
     "RevisionInfo",
 ]

@@ -32,7 +32,7 @@ from graphopt.engine.shelf import Shelf
 from graphopt.engine.supply import Supply
 from graphopt.engine.traffic import HotShapes, hot_shapes
 from graphopt.executor.switch import Outcome
-from graphopt.executor.threads import BackgroundThread
+from graphopt.executor.threads import BackgroundThread, keep_thread_count
 
 TICK_S = 2.0  # between looks at what nobody tells: traffic, pins, plans under watch
 TRIAL_S = 0.02  # between looks at a trial
@@ -118,13 +118,10 @@ class BetterPath:
             )  # fmt: skip
         self._fused = FusedStage(shelf, self.link)
         self.supply = Supply(home, settings, clocks)
-        self.costs = Costs(
-            cost_model, self.supply, settings.intra_op, settings.threads, clocks.monotonic_s
-        )
+        self.costs = Costs(cost_model, self.supply, settings.limits, clocks.monotonic_s)
         self._means = Means(
-            self._fused, self.link, self.supply, self.pins, settings.intra_op, settings.threads,
-            self.costs,
-        )  # fmt: skip
+            self._fused, self.link, self.supply, self.pins, self.costs, self.artifacts_in_use
+        )
         self._background.submit_after(TICK_S, "tick", self._tick)
 
     # -- what the host tells
@@ -279,6 +276,7 @@ class BetterPath:
             campaign = Campaign(model, self._means, course.findings, restores=restores)
             course.campaign, course.is_begun = campaign, True
             course.shapes = hot_shapes(model.slot)
+        keep_thread_count(model.share.each)  # what it runs here, it runs as requests do
         delay_s = campaign.step(lambda: self._wake(course))
         if campaign.is_over and campaign.revision != model.revision:
             delay_s = 0.0
@@ -296,6 +294,7 @@ class BetterPath:
         if self._courses.get(model.name) is not course:
             return
         captured: list[Mapping[str, Any]] = []
+        keep_thread_count(model.share.each)  # a trial compares plans as requests run them
         if model.switch.phase in ("trial", "confirmation"):
             captured = model.inputs_to_try()
         is_beside = bool(captured) and self._others_serve(course)

@@ -41,6 +41,7 @@ from graphopt.errors import BuilderError
 from graphopt.executor.arrangement import Arrangement, ArtifactKey, Overlay
 from graphopt.executor.plan import run_plan
 from graphopt.executor.switch import Outcome
+from graphopt.tables import bytes_word
 
 RETRY_S = 0.1  # until a switch that is not ready is asked again
 COVERED_MIN = (
@@ -58,9 +59,8 @@ class Means:
     link: BuilderLink | None
     supply: Supply
     pins: Pins
-    threads: int
-    streams: int
     costs: Costs
+    in_use: Callable[[], set[ArtifactKey]]  # artifacts that any model's plans run on or wait for
 
 
 class Campaign:
@@ -77,6 +77,7 @@ class Campaign:
         self._means = means
         self.revision, self._facts = model.at_hand()
         self.restless = model.churn.restless()
+        self._limits = model.settings.limits(model.name)
         self._course = self._run()
         self._waits_for: Future[Any] | None = None
         self._judged: Any = None  # key of the plan that the switch judges for this campaign
@@ -180,8 +181,8 @@ class Campaign:
         link.set_requests(self.model.name, self.model.requests())
         document = {
             "backends": list(self._means.supply.versions()),
-            "threads": self._means.threads,
-            "streams": self._means.streams,
+            "threads": self._limits.budget.each,
+            "streams": self._limits.budget.workers,
             "buckets": list(shapes.buckets),
             "buckets_share": shapes.share,
             "restless": sorted(self.restless),
@@ -201,7 +202,7 @@ class Campaign:
 
         Under watch, as any plan whose cost is known.
         """
-        chosen = self._means.supply.recall(self.model.name, facts)
+        chosen = self._means.supply.recall(self.model.name, facts, self._limits)
         if chosen is None:
             return False
         label, keyed = chosen
@@ -236,13 +237,16 @@ class Campaign:
         if is_of_tiers and self._is_held(finding, plan["backend"], before):
             return
         self.findings.note(finding)
-        gathered = self._gathering = Gathering()
+        gathered = self._gathering = Gathering(self._limits.memory_bytes_max)
         assert self._means.link is not None
         yield from gather(self.model, facts, self._means.link, self._means.supply, keyed, gathered)
         finding = replace(
             finding, build_s=gathered.build_s, resident_bytes=gathered.resident_bytes,
             reason="; ".join(gathered.reasons[:REASONS_KEPT]),
         )  # fmt: skip
+        if gathered.is_too_large:
+            yield from self._give_up(finding, keyed, gathered)
+            return
         if not gathered.is_decided:
             self.findings.note(finding)  # still `building`: the next campaign asks again
             return
@@ -272,6 +276,24 @@ class Campaign:
         runs = before is not None and before.state == "chosen" and bool(old.overlays)
         finding = replace(finding, state="on trial")
         yield from self._judge(finding, old, new, known=known, runs=runs)
+
+    def _give_up(self, finding: Finding, keyed: Keyed, gathered: Gathering) -> Waiting:
+        """Says that a plan holds too much memory, and lets go of what no other plan needs.
+
+        One artifact at a time, as `Supply.trim` does.
+        """
+        keys = {key for _, key in keyed}
+        least = "" if gathered.loaded == keys else "at least "
+        reason = (
+            f"its artifacts hold {least}{bytes_word(gathered.resident_bytes)}, above "
+            f"memory_bytes_max of {bytes_word(gathered.bytes_max or 0)}"
+        )
+        self.findings.note(replace(finding, state="failed", reason=reason))
+        self.wanted = frozenset()
+        for key in gathered.loaded:
+            if key not in self._means.in_use():
+                self._means.supply.release(key)
+                yield None
 
     def _is_held(self, finding: Finding, backend: str, before: Finding | None) -> bool:
         """Whether a pin is against a plan on `backend`, which is then noted."""

@@ -15,7 +15,7 @@ from graphopt.costs.plan_cost import Piece, PlanCost, StepCost, Works, price, to
 from graphopt.engine.fingerprint import host_fingerprint
 from graphopt.engine.live import LiveModel
 from graphopt.engine.measured import CostKey
-from graphopt.engine.records import Foreseen
+from graphopt.engine.records import Foreseen, ModelLimits
 from graphopt.engine.supply import Supply
 from graphopt.engine.traffic import hot_shapes
 from graphopt.executor.arrangement import Arrangement, Overlay, is_adjacent
@@ -38,16 +38,15 @@ class Costs:
         self,
         model: CostModel | None,
         supply: Supply,
-        threads: int,
-        streams: int,
+        limits: Callable[[str], ModelLimits],
         now_s: Callable[[], float],
     ) -> None:
-        """`threads` and `streams` are those of steps that need no build; `model` None predicts
+        """`limits` of a model by its name, for steps that need no build; `model` None predicts
         nothing.
         """
         self.model = model
         self._supply = supply
-        self._live = Options(threads, streams)
+        self._limits = limits
         self._now_s = now_s
         self._host = host_fingerprint()
         self._torch = version("torch")
@@ -151,7 +150,8 @@ class Costs:
     def _key(self, step: Step, arrangement: Arrangement, sizes: Sizes) -> tuple[CostKey, Options]:
         overlay = next((each for each in arrangement.overlays if each.step is step), None)
         if overlay is None:
-            options, library = self._live, self._torch
+            budget = self._limits(arrangement.plan.graph.name).budget
+            options, library = Options(budget.each, budget.workers), self._torch
             text = json.dumps(options.document(), separators=(",", ":"))
         else:
             artifact = _artifact(overlay, sizes, step)

@@ -42,8 +42,6 @@ class Engine:
         state_dir: str | Path | None = None,
     ) -> None:
         self.host = Host(settings, state_dir, cost_model=cost_model)
-        self._intra_op = self.host.settings.intra_op
-        self._seats = Seats(self.host.settings.threads, self.host.clocks.monotonic_s)
         self._signature: tuple[Graph | None, Signature | None] = (None, None)
         try:
             loaded = self.host.models()
@@ -62,13 +60,15 @@ class Engine:
         except BaseException:
             self.host.close()
             raise
+        self._intra_op = self.model.share.each
+        self._seats = Seats(self.model.share.workers, self.host.clocks.monotonic_s)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model in this thread, with the calling convention of the module it was imported
         from.
 
-        At most `settings.threads` callers run at once, each with `settings.intra_op` torch threads;
-        the caller's own count is given back.
+        At most `settings.threads` callers run at once, each with `settings.intra_op` torch threads, or
+        as `settings.models` says of this model; the caller's own count is given back.
         """
         graph, signature = self._signature
         if graph is not self.model.graph or signature is None:

@@ -1,7 +1,8 @@
 """Bringing the artifacts of a plan into memory: from disk, else from the builder.
 
 One of each structure is built before its twins, so that what cannot be built is asked for once. What
-the builder found is told as events.
+the builder found is told as events. Where they together may hold so much memory and no more, the one
+that exceeds it is the last one loaded.
 """
 
 from collections.abc import Generator
@@ -25,26 +26,47 @@ class Gathering:
     """What it took.
 
     Attributes:
+        bytes_max: of memory that the artifacts may hold beyond mapped files; None: no bound.
         build_s: wall time of all builds; None when everything was at hand.
-        resident_bytes: memory of what is loaded now, beyond mapped files.
+        resident_bytes: memory that those hold that are loaded by now.
         is_decided: whether the builder had an answer to everything it was asked.
         reasons: what could not be built, loaded or proven, and why.
         asked: futures of the builder, to be cancelled when nobody waits any more.
+        loaded: keys of what is in memory.
     """
 
+    bytes_max: int | None = None
     build_s: float | None = None
     resident_bytes: int = 0
     is_decided: bool = True
     reasons: list[str] = field(default_factory=list)
     asked: "list[Future[Answer]]" = field(default_factory=list)
+    loaded: set[ArtifactKey] = field(default_factory=set)
+
+    @property
+    def is_too_large(self) -> bool:
+        """Whether what is loaded holds more than it may."""
+        return self.bytes_max is not None and self.resident_bytes > self.bytes_max
+
+    def count(self, supply: Supply, key: ArtifactKey) -> None:
+        """Counts an artifact if it is in memory; twins may share one."""
+        if key not in self.loaded and supply.loaded.find(key) is not None:
+            self.loaded.add(key)
+            self.resident_bytes += supply.held_bytes(key)
 
 
 def gather(
     model: LiveModel, facts: Facts, link: BuilderLink, supply: Supply, keyed: Keyed, into: Gathering
 ) -> "Generator[Future[Answer], Answer, None]":
-    """A coroutine that waits for the builder and fills `into`."""
+    """A coroutine that waits for the builder and fills `into`; it ends early where that is too large."""
     revision = model.revision
-    missing = [entry for entry in keyed if not supply.fetch(facts, *entry)]
+    missing = []
+    for entry in keyed:
+        if not supply.fetch(facts, *entry):
+            missing.append(entry)
+        into.count(supply, entry[1])
+        if into.is_too_large:
+            return
     bad: set[tuple[str, str]] = set()  # structure and options: what failed once fails for twins
     for wave in _waves(missing):
         asked = []
@@ -66,8 +88,11 @@ def gather(
             if reason:
                 bad.add((key[0], key[-1]))
                 into.reasons.append(f"{piece.about}: {stage}: {reason}")
-    loaded = (supply.loaded.find(key) for _, key in keyed)
-    into.resident_bytes = sum(each.size_bytes for each in loaded if each is not None)
+            into.count(supply, key)
+            if into.is_too_large:
+                for waiting in into.asked:
+                    waiting.cancel()
+                return
 
 
 def _tell(model: LiveModel, revision: int, piece: Piece, answer: Answer) -> None:

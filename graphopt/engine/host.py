@@ -58,7 +58,7 @@ class Host:
         )
         self._journal = JournalLedger(self.folder) if self.folder is not None else None
         self._memory = MemoryLedger()
-        self.threads = ExecutorThreads(self.settings.threads, self.settings.intra_op)
+        self.threads = _executor_threads(self.settings)
         self._background = BackgroundThread(
             "graphopt-background",
             self.settings.intra_op,
@@ -148,7 +148,7 @@ class Host:
 
     def submit(self, model: LiveModel, inputs: Mapping[str, torch.Tensor]) -> "Future[Result]":
         """Runs a request on an executor thread."""
-        return self.threads.submit(lambda: model.run(inputs))
+        return self.threads.submit(lambda: model.run(inputs), model.share)
 
     def settle(self, timeout_s: float | None = None) -> bool:
         """Waits until the background has nothing better to offer; False when the time passed first.
@@ -261,6 +261,14 @@ class Host:
         self.settings.events(
             "builder.failed", {"job": key, "message": f"{type(error).__name__}: {error}"}
         )
+
+
+def _executor_threads(settings: EngineSettings) -> ExecutorThreads:
+    """As many threads as the narrowest requests could use, so that CPUs run out before threads do."""
+    budgets = settings.budgets()
+    cpus = max(budget.workers * budget.each for budget in budgets)
+    count = cpus // min(budget.each for budget in budgets)
+    return ExecutorThreads(count, settings.intra_op, cpus if len(budgets) > 1 else None)
 
 
 def _check_name(name: str) -> None:

@@ -23,14 +23,7 @@ from graphopt.engine.give_way import Between, go_on
 from graphopt.engine.identity import delta_digest
 from graphopt.engine.interface import changes_interface, check_interface, check_outputs
 from graphopt.engine.ledger import HISTORY_LINES_MAX, Commit, Ledger, Recovered
-from graphopt.engine.records import (
-    Applied,
-    DryRun,
-    EngineSettings,
-    Foreseen,
-    Result,
-    RevisionInfo,
-)
+from graphopt.engine.records import Applied, DryRun, EngineSettings, Foreseen, Result, RevisionInfo
 from graphopt.engine.shelf import Shelf
 from graphopt.engine.summary import summary_of
 from graphopt.errors import DeltaError, DuplicateDeltaError, GraphoptError, PreconditionError
@@ -41,6 +34,7 @@ from graphopt.executor.plan import Plan, Step, run_plan
 from graphopt.executor.publish import Answer, Slot
 from graphopt.executor.runs import run_of, run_region
 from graphopt.executor.samples import sample_inputs
+from graphopt.executor.shares import Share
 from graphopt.executor.switch import Switch
 from graphopt.graph import Graph
 from graphopt.limits import REVISIONS_KEPT_MAX
@@ -80,6 +74,8 @@ class LiveModel:
     ) -> None:
         self.name = name
         self.settings = settings
+        budget = settings.limits(name).budget
+        self.share = Share(budget.workers, budget.each)  # of the executor threads
         self.ledger = ledger
         self._graphs = recovered.graphs
         revision, graph = next(reversed(recovered.graphs.items()))

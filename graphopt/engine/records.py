@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from graphopt.costs.plan_cost import PlanCost
-from graphopt.engine.thread_budget import usable_cpus
+from graphopt.engine.thread_budget import ThreadBudget, usable_cpus
 
 EventSink = Callable[[str, Mapping[str, Any]], None]
 
@@ -17,12 +17,27 @@ def ignore_event(name: str, fields: Mapping[str, Any]) -> None:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelLimits:
+    """What one model may have of the process.
+
+    Attributes:
+        budget: its requests at once at most, and threads inside each of them, of torch as of other
+            runtimes.
+        memory_bytes_max: that the artifacts of a plan may hold beyond mapped files: weights that
+            runtimes packed for themselves. None: no bound.
+    """
+
+    budget: ThreadBudget
+    memory_bytes_max: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class EngineSettings:
     """How an engine runs.
 
     Attributes:
-        threads: executor threads; requests submitted beyond that wait.
-        intra_op: torch threads of each executor thread.
+        threads: requests at once of a model that `models` does not name; others wait.
+        intra_op: threads inside each of these.
         improve: whether better plans are looked for in the background.
         builder: whether a process of its own builds and proves them; without it models reach the
             `fused` tier, proven in this process.
@@ -35,6 +50,8 @@ class EngineSettings:
             Costs seconds on a large graph.
         events: receives every event name with its fields; called from engine threads, must be
             quick.
+        models: what single models may have instead of `threads` and `intra_op`, by live name.
+            Running requests together have no more threads than the widest of all these budgets.
     """
 
     threads: int = 1
@@ -48,6 +65,16 @@ class EngineSettings:
     extra_path: tuple[str, ...] = ()
     verify: bool = False
     events: EventSink = ignore_event
+    models: Mapping[str, ModelLimits] = field(default_factory=dict)
+
+    def limits(self, name: str) -> ModelLimits:
+        """Those of the model that is live as `name`."""
+        return self.models.get(name) or ModelLimits(ThreadBudget(self.threads, self.intra_op))
+
+    def budgets(self) -> set[ThreadBudget]:
+        """All that models may have."""
+        default = ThreadBudget(self.threads, self.intra_op)
+        return {default, *(limits.budget for limits in self.models.values())}
 
 
 @dataclass(frozen=True, slots=True)

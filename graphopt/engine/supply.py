@@ -20,7 +20,7 @@ from graphopt.engine.builder_jobs import BuildJob
 from graphopt.engine.fingerprint import host_fingerprint
 from graphopt.engine.live import Clocks
 from graphopt.engine.measured import Cost, CostKey, KnownPlan, Measured
-from graphopt.engine.records import EngineSettings
+from graphopt.engine.records import EngineSettings, ModelLimits
 from graphopt.engine.shelf import Candidate, Shelf
 from graphopt.errors import GraphoptError
 from graphopt.executor.arrangement import Arrangement, ArtifactKey
@@ -105,20 +105,28 @@ class Supply:
             return str(error)
         return ""
 
-    def recall(self, model: str, facts: Facts) -> tuple[str, Keyed] | None:
-        """What ran for this very graph, loaded; None when it is not known or not at hand."""
+    def recall(self, model: str, facts: Facts, limits: ModelLimits) -> tuple[str, Keyed] | None:
+        """What ran for this very graph, loaded; None when it is not known, not at hand, or made for
+        other limits.
+        """
         known = self._measured.recall(model, facts.graph.hash)
         if known is None:
             return None
         keyed: Keyed = []
+        held: dict[ArtifactKey, int] = {}
         for blocks, key in known.steps:
             piece = Piece(blocks, key[2], options_of(json.loads(key[4])))
             is_there = self.versions().get(piece.backend) == key[3]
             if not is_there or any(block not in facts.regions for block in blocks):
                 return None
+            if not _is_built_for(limits, piece):
+                return None
             if artifact_key(facts, piece, key[3]) != key or not self.fetch(facts, piece, key):
                 return None
             keyed.append((piece, key))
+            held[key] = self.held_bytes(key)
+            if limits.memory_bytes_max is not None and sum(held.values()) > limits.memory_bytes_max:
+                return None
         return known.label, keyed
 
     def remember(self, model: str, facts: Facts, label: str, arrangement: Arrangement) -> None:
@@ -153,6 +161,16 @@ class Supply:
         """Keeps a measured cost; `close` and `remember` write it."""
         self._measured.note_cost(key, median_s, runs)
 
+    def held_bytes(self, key: ArtifactKey) -> int:
+        """Memory that an artifact holds beyond mapped files; 0 while it is not loaded."""
+        found = self.loaded.find(key)
+        return found.size_bytes if found is not None else 0
+
+    def release(self, key: ArtifactKey) -> None:
+        """Lets go of an artifact that no plan runs; it stays on disk."""
+        self.loaded.drop(key)
+        self._unpin_gone()
+
     def trim(self, used: Set[ArtifactKey]) -> bool:
         """Lets go of one artifact that no plan with a role runs; False when there is none to spare.
 
@@ -160,10 +178,7 @@ class Supply:
         """
         if not self.loaded.trim(used.__contains__, 1):
             return False
-        for key in self._pinned - self.loaded.keys():
-            self._pinned.discard(key)
-            self._cache.unpin(key)
-        _give_back()
+        self._unpin_gone()
         return True
 
     def close(self) -> None:
@@ -184,8 +199,20 @@ class Supply:
             self._pinned.add(key)
             self._cache.pin(key)
 
+    def _unpin_gone(self) -> None:
+        for key in self._pinned - self.loaded.keys():
+            self._pinned.discard(key)
+            self._cache.unpin(key)
+        _give_back()
+
     def _dropped(self, name: str, reason: str) -> None:
         self._settings.events("artifact.dropped", {"artifact": name, "reason": reason})
+
+
+def _is_built_for(limits: ModelLimits, piece: Piece) -> bool:
+    """Whether an artifact expects as many threads and calls at once as a model may have."""
+    options, budget = piece.options, limits.budget
+    return options.threads <= budget.each and options.streams == budget.workers
 
 
 def _give_back() -> None:

@@ -1,8 +1,8 @@
 """The threads of the engine: a fixed set that runs requests, and one that works in the background.
 
 torch keeps an OpenMP team for each calling thread and a thread count that is the caller's own, so
-requests run on threads made once, each with its own intra-op count. The background thread runs jobs
-one at a time, latest first for each key: a job that a newer one replaced never runs.
+requests run on threads made once, each with the intra-op count of the call it runs. The background
+thread runs jobs one at a time, latest first for each key: a job that a newer one replaced never runs.
 """
 
 import queue
@@ -13,8 +13,11 @@ from typing import Any, TypeVar
 
 import torch
 
+from graphopt.executor.shares import Admission, Share
+
 T = TypeVar("T")
 Job = Callable[[], None]
+_Call = tuple[Future[Any], Callable[[], Any], Share]
 
 
 def own_thread_count(count: int) -> None:
@@ -27,17 +30,26 @@ def own_thread_count(count: int) -> None:
     torch.set_num_threads(count)
 
 
+def keep_thread_count(count: int) -> None:
+    """As `own_thread_count`, and cheap where it is the count already."""
+    if torch.get_num_threads() != count:
+        torch.set_num_threads(count)
+
+
 class ExecutorThreads:
-    """`count` threads that run calls in the order they were submitted, each with `intra_op` torch
-    threads.
+    """`count` threads that run calls in the order they were submitted, each with as many torch
+    threads as its share has.
+
+    Where shares differ, running calls have no more than `cpus` threads together (`shares`). None:
+    they are all alike, so that the number of threads bounds them, and nothing is counted.
     """
 
-    def __init__(self, count: int, intra_op: int) -> None:
+    def __init__(self, count: int, intra_op: int, cpus: int | None = None) -> None:
+        """`intra_op` is for calls that name no share."""
         self.count = count
-        self.intra_op = intra_op
-        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = (
-            queue.SimpleQueue()
-        )
+        self._share = Share(count, intra_op)
+        self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
+        self._admission = Admission(cpus, self._calls.put) if cpus is not None else None
         self._threads = [
             threading.Thread(target=self._work, name=f"graphopt-executor-{i}", daemon=True)
             for i in range(count)
@@ -45,32 +57,44 @@ class ExecutorThreads:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, call: Callable[[], T]) -> "Future[T]":
-        """Queues `call`.
+    def submit(self, call: Callable[[], T], share: Share | None = None) -> "Future[T]":
+        """Queues `call`, of whoever has that share.
 
         Bounding the queue is the caller's part, who knows what to answer when it is full.
         """
+        share = share or self._share
         future: Future[T] = Future()
-        self._calls.put((future, call))
+        if self._admission is None:
+            self._calls.put((future, call, share))
+        else:
+            self._admission.enter(share, (future, call, share))
         return future
 
     def close(self) -> None:
         """Runs what is queued, then ends the threads."""
+        if self._admission is not None:
+            self._admission.wait_started()
         for _ in self._threads:
             self._calls.put(None)
         for thread in self._threads:
             thread.join()
 
     def _work(self) -> None:
-        own_thread_count(self.intra_op)
+        own = self._share.each
+        own_thread_count(own)
         while (item := self._calls.get()) is not None:
-            future, call = item
-            if not future.set_running_or_notify_cancel():
-                continue
+            future, call, share = item
             try:
-                future.set_result(call())
+                if future.set_running_or_notify_cancel():
+                    if share.each != own:
+                        own = share.each
+                        torch.set_num_threads(own)
+                    future.set_result(call())
             except BaseException as error:  # it belongs to whoever waits for the future
                 future.set_exception(error)
+            finally:
+                if self._admission is not None:
+                    self._admission.leave(share)
             del item, future, call  # do not keep the last request's tensors until the next one
 
 

@@ -164,6 +164,15 @@ def test_relative_paths_count_from_the_folder_of_the_file(tmp_path: Path) -> Non
         ("executor: {threads: 0}", "at least 1"),
         ("control: {levels: {operate_groups: [true]}}", "must be a string or an integer"),
         ("data: {drain_s: .inf}", "not finite"),
+        ("models: {m: {bundle: b, threads: many}}", "must be 'auto' or an integer"),
+        ("models: {m: {bundle: b, threads: 0}}", "at least 1"),
+        ("models: {m: {bundle: b, threads: 1025}}", "at most 1024"),
+        ("models: {m: {bundle: b, prefer: speed}}", "'latency' or 'throughput' or null"),
+        ("models: {m: {bundle: b, queue_max: 0}}", "at least 1"),
+        ("models: {m: {bundle: b, queue_max: auto}}", "must be an integer or null"),
+        ("models: {m: {bundle: b, memory_bytes_max: -1}}", "at least 0"),
+        ("models: {m: {bundle: b, memory_bytes_max: 1.5}}", "must be an integer or null"),
+        ("models: {m: {bundle: b, memory_max: 1}}", "did you mean memory_bytes_max"),
         ("data: []", "must be a mapping, not a list"),
         ("models: []", "must be a mapping, not a list"),
     ],
@@ -200,6 +209,39 @@ def test_a_reload_applies_live_keys_and_lists_the_others(tmp_path: Path) -> None
     assert again.live == ()
     assert again.restart == done.restart
     assert again.state == done.state
+
+
+def test_what_a_model_may_have_is_read_with_its_name(tmp_path: Path) -> None:
+    text = (
+        "models:\n  m: {bundle: a, prefer: throughput, threads: 3, queue_max: 7, "
+        "memory_bytes_max: 1000}\n  n: {bundle: b, threads: auto, prefer: null}\n"
+    )
+    settings = load(written(tmp_path, text))
+    assert settings.models["m"] == ModelSettings(
+        tmp_path / "a", "auto", "throughput", 3, 7, memory_bytes_max=1000
+    )
+    assert settings.models["n"] == ModelSettings(tmp_path / "b")
+    assert [settings.queue_max(name) for name in ("m", "n", "loaded since")] == [7, None, None]
+
+
+def test_a_reload_names_what_a_model_gets_at_the_next_start_also_one_it_adds(
+    tmp_path: Path,
+) -> None:
+    path = written(tmp_path, "models: {m: {bundle: a, queue_max: 5}}")
+    running = load(path)
+    path.write_text(
+        "models: {m: {bundle: a, threads: 2, prefer: latency, memory_bytes_max: 0}, "
+        "new: {bundle: n, queue_max: 1}}"
+    )
+    done = reload(path, running)
+    assert done.live == ("models.new",)
+    assert done.restart == (
+        "models.m.prefer", "models.m.threads", "models.m.queue_max", "models.m.memory_bytes_max",
+        "models.new.queue_max",
+    )  # fmt: skip
+    assert done.settings.models["m"] == running.models["m"]
+    assert done.settings.models["new"] == ModelSettings(tmp_path / "n")
+    assert reload(path, done.settings).restart == done.restart, "said until it is restarted"
 
 
 def test_a_reload_of_an_unchanged_file_changes_nothing(tmp_path: Path) -> None:

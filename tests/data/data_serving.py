@@ -58,6 +58,7 @@ class Model:
         self.batch_rows: list[int] = []
         self.ran_on: list[int] = []
         self.refused: Exception | None = None
+        self.own_queue_max: int | None = None
 
     def signature(self) -> Signature:
         return self._signature
@@ -68,6 +69,9 @@ class Model:
 
     def capacity(self) -> int:
         return max(self._n_threads, 1)
+
+    def queue_max(self) -> int | None:
+        return self.own_queue_max
 
     def plan_id(self) -> str:
         return f"plan-{self._signature.revision}"

@@ -168,6 +168,29 @@ def test_a_full_queue_refuses_the_next_and_forgets_nobody() -> None:
     on_loop(body)
 
 
+@pytest.mark.parametrize(("of_all", "own"), [(9, 2), (1, 2)], ids=["fewer", "more"])
+def test_what_a_model_says_of_its_queue_counts_more_than_what_is_said_of_all(
+    of_all: int, own: int
+) -> None:
+    async def body() -> None:
+        gate, other = Gate(), Gate("other")
+        gate.own_queue_max = own
+        one, two = (batcher_of(each, queue_max=of_all, batch_max=1) for each in (gate, other))
+        futures = [one.enqueue(work(i), LONG_S) for i in range(2 + own)]
+        with pytest.raises(BusyError, match=f"{own} requests wait"):
+            one.enqueue(work(9), LONG_S)
+        futures += [two.enqueue(work(i), LONG_S) for i in range(2 + of_all)]
+        with pytest.raises(BusyError, match=f"{of_all} requests wait"):
+            two.enqueue(work(9), LONG_S)
+        gate.opened.set()
+        other.opened.set()
+        assert len(await asyncio.gather(*futures)) == 4 + own + of_all
+        gate.close()
+        other.close()
+
+    on_loop(body)
+
+
 def test_expired_and_cancelled_requests_never_run() -> None:
     async def body() -> None:
         gate = Gate()

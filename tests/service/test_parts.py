@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 
+from graphopt.engine import ModelLimits
+from graphopt.engine.records import ignore_event
 from graphopt.engine.thread_budget import ThreadBudget, usable_cpus
+from graphoptd.app import engine_settings
 from graphoptd.configured import FILE, ConfiguredModels
 from graphoptd.engine_events import EngineEvents
 from graphoptd.garbage import BUSY_GROWTH_MAX, IDLE_GROWTH_MIN, Garbage
@@ -34,6 +37,55 @@ def test_threads_fit_the_cpus_and_what_is_given_is_kept(
     settings: ExecutorSettings, cpus: int, expected: tuple[int, int]
 ) -> None:
     assert settings.budget(cpus) == ThreadBudget(*expected)
+
+
+def of_model(**keys: Any) -> ModelSettings:
+    return ModelSettings(bundle=Path("bundle"), **keys)
+
+
+@pytest.mark.parametrize(
+    ("executor", "model", "cpus", "expected"),
+    [
+        (ExecutorSettings(), of_model(), 16, (4, 4)),
+        (ExecutorSettings(threads=3, intra_op_threads=5), of_model(), 2, (3, 5)),
+        (ExecutorSettings(), of_model(prefer="throughput"), 16, (16, 1)),
+        (ExecutorSettings(prefer="throughput"), of_model(prefer="latency"), 16, (4, 4)),
+        (ExecutorSettings(prefer="throughput"), of_model(prefer="latency"), 2, (1, 2)),
+        # Fewer at once are not wider, more are narrower
+        (ExecutorSettings(), of_model(threads=1), 16, (1, 4)),
+        (ExecutorSettings(), of_model(threads=8), 16, (8, 2)),
+        (ExecutorSettings(), of_model(threads=3), 2, (3, 1)),
+        (ExecutorSettings(), of_model(threads=2, prefer="throughput"), 16, (2, 1)),
+        (ExecutorSettings(threads=2), of_model(threads=1), 16, (1, 8)),
+        # What the operator gave as numbers wins, unless the model prefers something itself
+        (ExecutorSettings(threads=2), of_model(prefer="throughput"), 16, (16, 1)),
+        (ExecutorSettings(intra_op_threads=8), of_model(threads=4), 16, (4, 8)),
+        (ExecutorSettings(intra_op_threads=8), of_model(threads=4, prefer="latency"), 16, (4, 4)),
+        # and then, too, no model has more CPUs than he left to all of them
+        (ExecutorSettings(threads=2, intra_op_threads=2), of_model(prefer="latency"), 16, (1, 4)),
+        (
+            ExecutorSettings(threads=2, intra_op_threads=2),
+            of_model(prefer="throughput"),
+            16,
+            (4, 1),
+        ),
+        (ExecutorSettings(threads=8), of_model(prefer="throughput"), 2, (2, 1)),
+    ],
+)
+def test_a_model_has_what_it_prefers_of_the_cpus_of_the_process(
+    executor: ExecutorSettings, model: ModelSettings, cpus: int, expected: tuple[int, int]
+) -> None:
+    assert executor.budget_of(model, cpus) == ThreadBudget(*expected)
+
+
+def test_the_engine_is_told_what_each_model_may_have() -> None:
+    settings = Settings(
+        executor=ExecutorSettings(threads=2, intra_op_threads=2),
+        models={"a": of_model(prefer="throughput", memory_bytes_max=7), "b": of_model()},
+    )
+    told = engine_settings(settings, ignore_event)
+    assert told.limits("a") == ModelLimits(ThreadBudget(4, 1), 7)
+    assert told.limits("b") == told.limits("loaded since") == ModelLimits(ThreadBudget(2, 2))
 
 
 def test_a_quota_of_the_cgroup_counts(tmp_path: Path) -> None:

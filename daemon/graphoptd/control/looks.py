@@ -110,6 +110,8 @@ def model_row(model: LiveModel) -> dict[str, Any]:
         "nodes": len(graph),
         "blocks": len(facts.regions),
         "tiers": plan.tiers(),
+        "threads": model.share.workers,
+        "intra_op_threads": model.share.each,
         "constant_bytes": sum(c.tensor.nbytes for c in by_content.values() if c.tensor is not None),
         "adapters": adapters_of(graph),
         "inputs": {name: str(type_) for name, type_ in graph.inputs},

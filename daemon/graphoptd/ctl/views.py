@@ -39,10 +39,21 @@ def status(result: Result) -> None:
         models(result)
     else:
         show_lines(["no model is loaded: graphoptctl load NAME BUNDLE"])
+    show_lines(map(_threads_line, _of_other_threads(result)))
     show_lines(pin_line(row["pin"]) for row in result["models"] if row["pin"])
     show_lines([builder_line(result["builder"])])
     if result["statistics"]:
         show_pairs(result["statistics"])
+
+
+def _of_other_threads(result: Result) -> list[Result]:
+    """The models that have other threads than those of the first line."""
+    usual = (result["executor_threads"], result["intra_op_threads"])
+    return [row for row in result["models"] if (row["threads"], row["intra_op_threads"]) != usual]
+
+
+def _threads_line(row: Result) -> str:
+    return f"{row['name']} has {row['threads']} x {row['intra_op_threads']} threads"
 
 
 def models(result: Result) -> None:

@@ -120,6 +120,8 @@ class Batcher:
         self._statistics = statistics
         self._loop = loop
         self._under_way = under_way
+        own = served.queue_max()
+        self._queue_max = settings.queue_max if own is None else own
         self._gate = InlineGate() if settings.inline == "auto" else None
         self._groups: dict[tuple[Any, ...] | None, deque[Work]] = {}
         self._alone: deque[Work] = deque()  # members of a failed batch, to be run singly
@@ -140,7 +142,7 @@ class Batcher:
         Raises:
             BusyError: the queue is full.
         """
-        if self.n_queued >= self._settings.queue_max:
+        if self.n_queued >= self._queue_max:
             raise BusyError(
                 f"{self.n_queued} requests wait",
                 where=f"model {self._served.name}",

@@ -100,7 +100,11 @@ class Served(Protocol):
         ...
 
     def capacity(self) -> int:
-        """How many submitted runs execute at the same time: executor threads, at least 1."""
+        """How many submitted runs execute at the same time at most, at least 1."""
+        ...
+
+    def queue_max(self) -> int | None:
+        """How many requests may wait for it; None: as many as `DataSettings` says. Asked once."""
         ...
 
     def plan_id(self) -> str:

@@ -52,7 +52,7 @@ class DataSettings:
 
     # -- how requests wait and batch
     queue_max: int = (
-        512  # requests waiting for one model; at 1 ms each the last one waits half a second
+        512  # requests waiting for a model that names no bound; at 1 ms each the last waits 0.5 s
     )
     deadline_default_s: float = 30.0  # a request that names no `timeout`
     deadline_max_s: float = 600.0  # an asked `timeout` is cut to this
