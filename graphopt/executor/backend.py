@@ -89,11 +89,13 @@ class Loaded:
     `function(*reads, *symbols)` takes the region's reads (tensors of any strides) and the values of
     its symbols, and returns a fresh contiguous tensor for one exit, a tuple for several. Any number
     of threads may call it at once. Reads are never written to. `resident_bytes` is the memory it
-    holds beyond mapped files: packed weights, buffers.
+    holds beyond mapped files: packed weights, buffers. `converted` are the ops that the runtime's own
+    converter wrote because no rule does, one for each node.
     """
 
     function: Callable[..., Any]
     resident_bytes: int
+    converted: tuple[str, ...] = ()
 
 
 class Backend(Protocol):
@@ -113,7 +115,9 @@ class Backend(Protocol):
     def unsupported(self, facts: Facts, region: Region) -> dict[str, str]:
         """The nodes of the region that it cannot run, each with the reason; empty when it can run all.
 
-        Decided from ops, arguments and types alone, in microseconds a node.
+        Decided from ops, arguments and types alone, in microseconds a node; a call that has to be
+        shown to the runtime's own converter takes tens of milliseconds, once a process. Asked by the
+        builder only: the serving process converts nothing (law 5).
         """
 
     def choices(self, facts: Facts, region: Region, options: Options) -> Sequence[Options]:
