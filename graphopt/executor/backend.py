@@ -116,7 +116,7 @@ class Backend(Protocol):
         """The nodes of the region that it cannot run, each with the reason; empty when it can run all.
 
         Decided from ops, arguments and types alone, in microseconds a node; a call that has to be
-        shown to the runtime's own converter takes tens of milliseconds, once a process. Asked by the
+        shown to the runtime's own converter takes some 50 to 500 ms, once a process. Asked by the
         builder only: the serving process converts nothing (law 5).
         """
 

@@ -156,7 +156,7 @@ class Converter(Protocol):
     def check(self, call: OpCall) -> None:
         """DeclinedError where it cannot write `call`, or writes something else.
 
-        Takes milliseconds for what it has not been asked before in this process.
+        Takes some 50 to 500 ms for what it has not been asked before in this process.
         """
 
     def convert(self, call: OpCall, handles: Sequence[Any]) -> list[Any]:
