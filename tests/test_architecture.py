@@ -312,6 +312,24 @@ def test_optional_runtimes_are_imported_lazily() -> None:
         )
 
 
+def test_the_serving_process_never_asks_what_a_runtime_can_run() -> None:
+    """It may have to convert for an answer: the planner and the builder ask, in the builder's process."""
+    for package, name, tree, _ in modules():
+        asked = {
+            node.func.attr
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+        }
+        if "unsupported" in asked:
+            assert (package, name) in {
+                ("graphopt", "planner.proposal"),
+                ("graphopt", "builder.workshop"),
+            }, f"{package}.{name} asks a backend"
+        if name.split(".")[0] == "engine" or package == "graphoptd":
+            planners = {full for full in imports(tree) if full.startswith("graphopt.planner")}
+            assert not planners, f"{package}.{name} plans in the serving process"
+
+
 def test_modules_and_functions_stay_short() -> None:
     for package, name, tree, text in modules():
         lines = text.count("\n")

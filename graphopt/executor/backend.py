@@ -104,7 +104,9 @@ class Backend(Protocol):
     A class attribute `last_resort = True` says that it is worth its build time only where no other
     runtime takes a graph. A class attribute `rewrites` names the passes of `graphopt.rewrite` that
     pay on it: `build` is then given the lowered region, whose constants may end with some that a
-    pass made (`Region.made`); the artifact has to hold these, `load` is not given them.
+    pass made (`Region.made`); the artifact has to hold these, `load` is not given them. A method
+    `without_rule(facts, region)`, like `unsupported`, names more nodes: those that it can run only as
+    its own converter writes them. Regions without them are then tried as well.
     """
 
     name: ClassVar[str]

@@ -63,6 +63,10 @@ class OpenVinoBackend:
         """See `Backend`."""
         return why_not(facts, region, self)
 
+    def without_rule(self, facts: Facts, region: Region) -> dict[str, str]:
+        """See `Backend`."""
+        return why_not(facts, region, self, converts=False)
+
     def choices(self, facts: Facts, region: Region, options: Options) -> Sequence[Options]:
         """See `Backend`: attention has two forms. Products and a softmax were the faster one on five
         of six models by 1 to 5%, the runtime's own node on the sixth.

@@ -106,11 +106,16 @@ def translate(
     )
 
 
-def why_not(facts: Facts, region: Region, capabilities: Capabilities) -> dict[str, str]:
-    """The nodes that cannot be written, each with the reason. Reads types and arguments only; a node
-    that no rule writes takes the runtime's own converter milliseconds, once.
+def why_not(
+    facts: Facts, region: Region, capabilities: Capabilities, *, converts: bool = True
+) -> dict[str, str]:
+    """The nodes that cannot be written, each with the reason. Reads types and arguments only.
+
+    With `converts`, a node that no rule writes is shown to the runtime's own converter, if it has one:
+    some 50 to 500 ms for each kind of call, once.
     """
     walk = _Walk(facts, region, Rehearsal(capabilities), capabilities, None)
+    walk.converter = capabilities.converter if converts else None
     reasons: dict[str, str] = {}
     for id in region.order:
         if id in walk.absorbed:
@@ -145,6 +150,7 @@ class _Walk:
         self.of_weights: set[int] = set()  # ids of known tensors that constants went into
         self.scalars: list[int] = []
         self.guards: list[Guard] = []
+        self.converter = capabilities.converter
         self.converted: list[str] = []
         self._sizes: dict[str, Value] = {}
         self._filled: dict[Dim, bool] = {}
@@ -261,7 +267,7 @@ class _Walk:
         declined: DeclinedError,
     ) -> None:
         """Has the runtime's own converter write what no rule writes, or says why neither does."""
-        converter = self.tape.capabilities.converter
+        converter = self.converter
         if converter is None or len(outs) != len(self.facts.types[node.id]):
             raise declined
         call, operands = op_call(node, arguments, outs, self._read, self.ranges)
