@@ -292,12 +292,32 @@ def _style() -> Made:
     return nn.Sequential(stem, *(block() for _ in range(4)), head), (3, 64, 64)
 
 
-def _gated() -> Made:
-    def block() -> nn.Module:
-        up, down = nn.Linear(256, 1024), nn.Linear(512, 256)
-        return Residual(nn.LayerNorm(256), up, nn.GLU(), down)
+def _gate() -> nn.Module:
+    return Residual(nn.LayerNorm(256), nn.Linear(256, 1024), nn.GLU(), nn.Linear(512, 256))
 
-    return nn.Sequential(*(block() for _ in range(6)), nn.LayerNorm(256)), (64, 256)
+
+def _gated() -> Made:
+    return nn.Sequential(*(_gate() for _ in range(6)), nn.LayerNorm(256)), (64, 256)
+
+
+def _between(middle: nn.Module) -> Made:
+    """Two large regions without `middle`, one with it."""
+
+    def side() -> list[nn.Module]:
+        norm, up, down = nn.LayerNorm(256), nn.Linear(256, 512), nn.Linear(512, 256)
+        return [Residual(norm, up, nn.GELU(), down)] * 4
+
+    return nn.Sequential(*side(), middle, *side()), (64, 256)
+
+
+def _whitened(x: Tensor) -> Tensor:
+    return torch.linalg.inv(x @ x.transpose(1, 2) * 0.01 + torch.eye(x.shape[1])) @ x
+
+
+def _bicubic() -> Made:
+    stem, head = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 3, 3, padding=1)
+    up = nn.Upsample(scale_factor=2, mode="bicubic")
+    return nn.Sequential(stem, nn.ReLU(), up, nn.ReLU(), head), (3, 64, 64)
 
 
 def _einsum() -> Made:
@@ -347,6 +367,10 @@ NETWORKS: Mapping[str, Callable[[], Made]] = {
     "grid": lambda: (Transformed(), (3, 96, 96)),
     "video": _video,
     "lstm": lambda: (Recurrent(), (32, 128)),
+    "one_gate": lambda: _between(_gate()),
+    "one_sort": lambda: _between(Apply(lambda x: x.sort(-1)[0])),
+    "one_inverse": lambda: _between(Apply(_whitened)),
+    "bicubic": _bicubic,
 }
 
 if __name__ == "__main__":
