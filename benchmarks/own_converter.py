@@ -310,10 +310,6 @@ def _between(middle: nn.Module) -> Made:
     return nn.Sequential(*side(), middle, *side()), (64, 256)
 
 
-def _whitened(x: Tensor) -> Tensor:
-    return torch.linalg.inv(x @ x.transpose(1, 2) * 0.01 + torch.eye(x.shape[1])) @ x
-
-
 def _bicubic() -> Made:
     stem, head = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 3, 3, padding=1)
     up = nn.Upsample(scale_factor=2, mode="bicubic")
@@ -369,7 +365,7 @@ NETWORKS: Mapping[str, Callable[[], Made]] = {
     "lstm": lambda: (Recurrent(), (32, 128)),
     "one_gate": lambda: _between(_gate()),
     "one_sort": lambda: _between(Apply(lambda x: x.sort(-1)[0])),
-    "one_inverse": lambda: _between(Apply(_whitened)),
+    "one_log1p": lambda: _between(Apply(lambda x: x.abs().log1p())),
     "bicubic": _bicubic,
 }
 
