@@ -25,7 +25,12 @@ from graphopt.types import TensorType, parse_type
 from helpers.graphs import Builder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-INPUTS = {"x": "f32[batch, 4, 6]", "image": "f32[batch, 4, 8, 6]", "i": "i64[batch, 4, 6]"}
+INPUTS = {
+    "x": "f32[batch, 4, 6]",
+    "image": "f32[batch, 4, 8, 6]",
+    "i": "i64[batch, 4, 6]",
+    "m": "bool[batch, 4, 6]",
+}
 BATCH = symbol("batch")
 
 
@@ -151,6 +156,11 @@ REFUSED = {
     ),
     "a place of several equals": (("topk.default", Ref("x"), 3), 1, "another of equals"),
     "remainders": (("fmod.Scalar", Ref("x"), 0.7), 0, "remainders of floats round elsewhere"),
+    "a mask": (
+        ("masked_scatter.default", Ref("x"), Ref("m"), Ref("x")),
+        0,
+        "more elements than there are",
+    ),
     "a list": (("tensor_split.sections", Ref("x"), 2, 1), 0, "returns a list"),
 }
 

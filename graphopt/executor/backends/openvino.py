@@ -9,6 +9,8 @@ integer reads do not fit is refused, and so is a region whose integer constants 
 that is out of range where it was computed inside the region reads zeros and is not reported.
 Activations of NaN may yield a number, as in the tier `fused`.
 
+An op that no rule of ours writes goes to OpenVINO's own frontend (`openvino_frontend`), that node alone.
+
 Deliberately absent: other devices, and float64, which the plugin would round to float32.
 """
 
