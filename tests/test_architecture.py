@@ -106,6 +106,11 @@ CLOCK = {
     "frontend.cli": "a command says how long it took",
 }
 THREADS = {"executor": "the executor threads, one place"}
+ASKS_RUNTIMES = {
+    "graphopt.planner.proposal": "runs in the builder",
+    "graphopt.builder.workshop": "is the builder",
+    "cost_models.measuring": "builds what it measures, in a process of its own",
+}
 FORBIDDEN_IN_ENGINE = {
     "socket",
     "asyncio",
@@ -310,6 +315,21 @@ def test_optional_runtimes_are_imported_lazily() -> None:
         assert not top & {"onnxruntime", "openvino", "transformers", "peft"}, (
             f"{package}.{name} needs {top} to be imported at all"
         )
+
+
+def test_the_serving_process_never_asks_what_a_runtime_can_run() -> None:
+    """An answer may take a conversion."""
+    for package, name, tree, _ in modules():
+        asked = {
+            node.func.attr
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+        }
+        if "unsupported" in asked:
+            assert f"{package}.{name}" in ASKS_RUNTIMES, f"{package}.{name} asks a backend"
+        if name.split(".")[0] == "engine" or package == "graphoptd":
+            planners = {full for full in imports(tree) if full.startswith("graphopt.planner")}
+            assert not planners, f"{package}.{name} plans in the serving process"
 
 
 def test_modules_and_functions_stay_short() -> None:

@@ -88,6 +88,12 @@ FIELDS: Mapping[str, Field] = _fields(
         "what a decision rests on",
     ),
     ("rewrites", "string", "text", "passes that changed a region before it was built, with edits"),
+    (
+        "converted",
+        "string",
+        "text",
+        "ops of a region that the runtime's own converter wrote, with numbers of nodes",
+    ),
     ("options", "string", "text", "how a candidate is to run: threads, shapes, settings"),
     ("policy", "string", "idle, autogroup or nice", "how the builder is scheduled"),
     ("last_words", "string", "text", "what a process wrote before it ended"),

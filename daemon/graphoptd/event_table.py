@@ -148,7 +148,7 @@ EVENTS: Mapping[str, Event] = _events(
         "info",
         "a region was built for a runtime",
         "graph revision block backend options build_ms",
-        "cpu_ms bytes rewrites",
+        "cpu_ms bytes rewrites converted",
     ),
     (
         "plan.refused",

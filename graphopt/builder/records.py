@@ -57,6 +57,7 @@ class Answer:
         resident_bytes: memory of the loaded artifact beyond mapped files, as the backend says.
         unsupported: nodes the backend cannot run, with reasons.
         rewrites: passes that changed the region before it was built, each with its edits.
+        converted: ops that the runtime's own converter wrote, each with its number of nodes.
     """
 
     ok: bool
@@ -76,6 +77,7 @@ class Answer:
     resident_bytes: int | None = None
     unsupported: tuple[tuple[str, str], ...] = ()
     rewrites: tuple[tuple[str, int], ...] = ()
+    converted: tuple[tuple[str, int], ...] = ()
 
     def document(self) -> dict[str, Any]:
         """As JSON values; `answer_of` reads it back."""
@@ -86,7 +88,7 @@ def answer_of(document: Mapping[str, Any]) -> Answer:
     """The answer that `Answer.document` wrote."""
     pairs = {
         name: tuple((first, second) for first, second in document[name])
-        for name in ("unsupported", "rewrites")
+        for name in ("unsupported", "rewrites", "converted")
     }
     return Answer(**{**document, **pairs})
 

@@ -123,6 +123,7 @@ class Workshop:
                 cpu_s=self._cpu_clock() - start_cpu_s, artifact_bytes=size,
                 resident_bytes=loaded.resident_bytes if loaded is not None else None,
                 rewrites=_edits(steps),
+                converted=tuple(Counter(loaded.converted).items()) if loaded is not None else (),
             )  # fmt: skip
 
         return self._judged(version, job, run)

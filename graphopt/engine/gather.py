@@ -103,7 +103,7 @@ def _tell(model: LiveModel, revision: int, piece: Piece, answer: Answer) -> None
         fields = {
             "options": piece.options.label, "build_s": answer.build_s, "cpu_s": answer.cpu_s,
             "artifact_bytes": answer.artifact_bytes,
-            "rewrites": ", ".join(f"{name} {edits}" for name, edits in answer.rewrites) or None,
+            "rewrites": _counted(answer.rewrites), "converted": _counted(answer.converted),
         }  # fmt: skip
         events("plan.built", {**about, **{k: v for k, v in fields.items() if v is not None}})
     proof = {**about, "max_error": answer.max_error, "allowed": answer.allowed}
@@ -111,6 +111,10 @@ def _tell(model: LiveModel, revision: int, piece: Piece, answer: Answer) -> None
         events("plan.verified", proof)
     else:
         events("plan.refused", {**proof, "stage": answer.stage, "reason": answer.reason})
+
+
+def _counted(pairs: tuple[tuple[str, int], ...]) -> str | None:
+    return ", ".join(f"{name} {count}" for name, count in pairs) or None
 
 
 def _waves(missing: Keyed) -> list[Keyed]:

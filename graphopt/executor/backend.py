@@ -89,11 +89,13 @@ class Loaded:
     `function(*reads, *symbols)` takes the region's reads (tensors of any strides) and the values of
     its symbols, and returns a fresh contiguous tensor for one exit, a tuple for several. Any number
     of threads may call it at once. Reads are never written to. `resident_bytes` is the memory it
-    holds beyond mapped files: packed weights, buffers.
+    holds beyond mapped files: packed weights, buffers. `converted` are the ops that the runtime's own
+    converter wrote because no rule does, one for each node.
     """
 
     function: Callable[..., Any]
     resident_bytes: int
+    converted: tuple[str, ...] = ()
 
 
 class Backend(Protocol):
@@ -102,7 +104,9 @@ class Backend(Protocol):
     A class attribute `last_resort = True` says that it is worth its build time only where no other
     runtime takes a graph. A class attribute `rewrites` names the passes of `graphopt.rewrite` that
     pay on it: `build` is then given the lowered region, whose constants may end with some that a
-    pass made (`Region.made`); the artifact has to hold these, `load` is not given them.
+    pass made (`Region.made`); the artifact has to hold these, `load` is not given them. A method
+    `without_rule(facts, region)`, like `unsupported`, names more nodes: those that it can run only as
+    its own converter writes them. Regions without them are then tried as well.
     """
 
     name: ClassVar[str]
@@ -113,7 +117,9 @@ class Backend(Protocol):
     def unsupported(self, facts: Facts, region: Region) -> dict[str, str]:
         """The nodes of the region that it cannot run, each with the reason; empty when it can run all.
 
-        Decided from ops, arguments and types alone, in microseconds a node.
+        Decided from ops, arguments and types alone, in microseconds a node; a call that has to be
+        shown to the runtime's own converter takes some 50 to 500 ms, once a process. Asked by the
+        builder only: the serving process converts nothing (law 5).
         """
 
     def choices(self, facts: Facts, region: Region, options: Options) -> Sequence[Options]:

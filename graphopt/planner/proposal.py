@@ -9,11 +9,12 @@ next edit of it drops nothing else.
 A proposal is a function of the facts and of the document it is given (law 3).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from graphopt.analysis.blocks import CONTEXT
 from graphopt.analysis.facts import Facts
+from graphopt.analysis.regions import Region
 from graphopt.executor.backend import Backend, Options, backends
 from graphopt.executor.runs import run_region
 from graphopt.planner.layout import Run, around, layer_count, layers, pieces_of, whole
@@ -28,6 +29,7 @@ PREFERRED = ("openvino", "onnxruntime")  # the order in which they won on most m
 
 Document = Mapping[str, Any]
 Extra = tuple[tuple[str, str], ...]
+WhyNot = Callable[[Facts, Region], Mapping[str, str]]  # nodes that are to stay out, with reasons
 
 
 def propose(
@@ -83,12 +85,38 @@ def _plans(
 ) -> list[dict[str, Any]]:
     calm = around(facts, runs, restless)
     around_edits = [] if calm == runs else ["around edits"]
-    pieces = [piece for run in calm for piece in supported(facts, run, backend)]
+    plans = []
+    for note, pieces in _ways(facts, calm, backend).items():
+        plans += _plans_of(facts, document, layout, around_edits, note, pieces, backend)
+    return plans
+
+
+def _ways(facts: Facts, runs: list[Run], backend: Backend) -> dict[tuple[str, ...], list[Run]]:
+    """The pieces of `runs` that the backend can run, and, where they are others, those of what it has
+    rules for: what a runtime's own converter writes may well be slower there than on the live path.
+    """
+    able = [piece for run in runs for piece in supported(facts, run, backend)]
+    unruled = getattr(backend, "without_rule", None)
+    if unruled is None:
+        return {(): able}
+    ruled = [piece for run in runs for piece in _supported(facts, run, unruled)]
+    return {(): able} if ruled in ([], able) else {(): able, ("by rules",): ruled}
+
+
+def _plans_of(
+    facts: Facts,
+    document: Document,
+    layout: str,
+    around_edits: list[str],
+    note: tuple[str, ...],
+    pieces: list[Run],
+    backend: Backend,
+) -> list[dict[str, Any]]:
     plans = []
     for threads in _thread_counts(document):
         base = Options(threads, document["streams"])
         for extra, regions in _variants(facts, document, pieces, backend, base).items():
-            words = [f"{key}={value}" for key, value in extra]
+            words = [*note, *(f"{key}={value}" for key, value in extra)]
             if threads != document["threads"]:
                 words.append(f"threads={threads}")
             plans.append(
@@ -132,10 +160,14 @@ def _variants(
 
 def supported(facts: Facts, run: Run, backend: Backend) -> list[Run]:
     """`run` without the blocks that hold a node the backend cannot run: the pieces left of it."""
-    bad = backend.unsupported(facts, run_region(facts, run))
+    return _supported(facts, run, backend.unsupported)
+
+
+def _supported(facts: Facts, run: Run, why_not: WhyNot) -> list[Run]:
+    bad = why_not(facts, run_region(facts, run))
     homes = {home for id in bad if (home := facts.home_of(id))}
     if CONTEXT in homes:
-        return supported(facts, run[1:], backend)
+        return _supported(facts, run[1:], why_not)
     return pieces_of(facts, run, homes)
 
 

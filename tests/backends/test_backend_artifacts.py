@@ -123,10 +123,12 @@ def test_what_cannot_be_exact_is_named_with_its_reason(backend: Backend) -> None
     facts = small(b, out, {"x": "f32[batch, 4]", "image": "f32[batch, 2, 7, 7]"})
     region = whole(facts)
     reasons = backend.unsupported(facts, region)
-    assert set(reasons) == {"wide", "narrow", "sorted", "pooled"}
-    assert reasons["sorted"] == "aten.msort.default has no rule"
+    has_converter = backend.name == "openvino"
+    assert set(reasons) - {"pooled"} == {"wide", "narrow", "sorted"}
+    assert has_converter is ("pooled" not in reasons)
+    assert reasons["sorted"].startswith("aten.msort.default has no rule")
     assert "f64" in reasons["wide"]
-    assert reasons["pooled"] == "windows of several sizes"
+    assert has_converter or reasons["pooled"] == "windows of several sizes"
 
 
 def test_a_region_that_is_unsupported_does_not_build_and_says_which_node(

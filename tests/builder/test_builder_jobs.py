@@ -5,12 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from builder.conftest import ANSWER_S, Bench, chain
+from builder.conftest import ANSWER_S, Bench, MakeBench, chain
 from graphopt.analysis.facts import analyse
 from graphopt.builder.records import Answer
 from graphopt.errors import BuilderError
 from graphopt.executor.backend import Options
 from graphopt.executor.build import weight_key
+from graphopt.graph import Graph, Ref, Symbol
+from graphopt.planner.layout import chain as chain_of
+from graphopt.types import TensorType
+from helpers.graphs import BATCH, Builder
 
 
 def test_a_region_is_built_loaded_and_verified_and_its_artifact_stays(bench: Bench) -> None:
@@ -102,6 +106,23 @@ def test_openvino_builds_a_whole_model_here(bench: Bench) -> None:
     answer = bench.do(bench.job("openvino", blocks=blocks))
     assert (answer.ok, answer.reason) == (True, "")
     assert answer.artifact_bytes > 0
+
+
+def test_an_answer_says_which_ops_the_runtimes_own_converter_wrote(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    b = Builder()
+    x = b.node("first", "glu.default", b.linear("up", Ref("x"), 6, 12))
+    x = b.node("second", "glu.default", b.linear("again", x, 6, 12))
+    inputs = [("x", TensorType("f32", (BATCH, 6)))]
+    y = b.node("y", "logsumexp.default", x, (-1,))
+    symbols = [Symbol("batch", 1, 64)]
+    graph = Graph.build("gated", b.nodes, inputs, [("y", y)], b.constants, None, symbols)
+    bench.link.revise("gated", 1, graph)
+    answer = bench.do(
+        bench.job("openvino", model="gated", revision=1, blocks=chain_of(analyse(graph)))
+    )
+    assert (answer.ok, answer.reason) == (True, "")
+    assert answer.converted == (("aten.glu.default", 2), ("aten.logsumexp.default", 1))
 
 
 def test_constants_are_mapped_and_the_process_gives_way(bench: Bench) -> None:

@@ -105,6 +105,34 @@ def test_a_run_is_cut_around_the_block_a_runtime_cannot_run():
     assert runs[0] == chain(FACTS)[: len(runs[0])]
 
 
+class Converting(Runtime):
+    """Its own converter writes `by_converter`, for which it has no rule."""
+
+    def __init__(self, name: str, by_converter: str, without: str = "") -> None:
+        super().__init__(name, without)
+        self.by_converter = by_converter
+
+    def without_rule(self, facts: Facts, region: Region) -> dict[str, str]:
+        without = Runtime("rules", without=self.by_converter).unsupported(facts, region)
+        return without | self.unsupported(facts, region)
+
+
+def test_regions_with_what_a_converter_writes_are_tried_beside_those_without():
+    gelu = "aten.gelu.default"
+    (alone,) = ask([Runtime("a", without=gelu)], None)
+    whole, cut = ask([Converting("a", by_converter=gelu)], None)
+    assert (whole["label"], cut["label"]) == ("a whole", "a whole by rules")
+    assert len(whole["regions"]) == 1
+    assert cut["regions"] == alone["regions"]
+    assert len(cut["regions"]) > 1
+
+
+@pytest.mark.parametrize("by_converter", ["aten.glu.default", "*"])
+def test_without_such_nodes_or_with_nothing_else_there_is_one_way(by_converter: str):
+    (plan,) = ask([Converting("a", by_converter)], None)
+    assert plan["label"] == "a whole"
+
+
 def test_context_a_runtime_cannot_compute_stays_outside():
     (plan,) = ask([Runtime("a", without="aten.rsub.Scalar")], None)
     assert tuple(plan["regions"][0]["blocks"]) == chain(FACTS)

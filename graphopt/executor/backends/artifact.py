@@ -18,7 +18,7 @@ from graphopt.executor.backend import BuildError
 from graphopt.executor.backends.translate import Guard, Written
 from graphopt.types import TensorType, parse_type
 
-FORMAT = 1
+FORMAT = 2
 SHEET = "call.json"
 
 
@@ -27,7 +27,8 @@ class Sheet:
     """How an artifact is called.
 
     Types are texts over the symbols `s0, s1 …` of the region; `sizes` are those of the options it
-    was built for. `files` maps each file of the artifact to its size in bytes.
+    was built for; `converted` are the ops that the runtime's own converter wrote, one for each node.
+    `files` maps each file of the artifact to its size in bytes.
     """
 
     runtime: str
@@ -40,6 +41,7 @@ class Sheet:
     guards: tuple[Guard, ...]
     sizes: tuple[int, ...] | None
     constants: tuple[str, ...]  # types of `Region.consts`
+    converted: tuple[str, ...]
 
     def exit_types(self) -> list[TensorType]:
         """The types of the exits, settled where sizes are fixed."""
@@ -86,6 +88,7 @@ def sheet_of(
         written.guards,
         sizes,
         tuple(text(facts.graph.constants[name].type) for name in region.consts),
+        written.converted,
     )
 
 
@@ -119,6 +122,7 @@ def read_sheet(folder: Path, runtime: str, version: str) -> Sheet:
             tuple(Guard(**guard) for guard in document["guards"]),
             None if document["sizes"] is None else tuple(document["sizes"]),
             tuple(document["constants"]),
+            tuple(document["converted"]),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BuildError(

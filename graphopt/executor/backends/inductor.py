@@ -73,7 +73,7 @@ class InductorBackend:
         except Exception as error:  # the compiler's errors have no common class
             text = str(error).strip() or "no reason given"
             raise BuildError(f"{type(error).__name__}: {text}", where=self.name) from error
-        written = Written((), (), (), ())
+        written = Written((), (), (), (), ())
         sheet = sheet_of(facts, region, written, self.name, self.version(), options.sizes)
         write_sheet(folder, sheet, [PACKAGE])
 

@@ -10,7 +10,8 @@ from one op to the next, not for the next request, so that no other runtime miss
 process-wide pool (`pool=shared` in the options' extra) spins for ever and cannot be told otherwise;
 `spin=0` has a session's pool not spin at all, `spin=1` for ever.
 
-Deliberately absent: other providers, float64, and quantised kernels.
+Deliberately absent: other providers, float64, quantised kernels, and a converter of its own for ops
+that no rule writes: torch's ONNX exporter takes whole models, through another package.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +30,7 @@ from graphopt.executor.backend import BackendMissingError, BuildError, Loaded, O
 from graphopt.executor.backends.artifact import Sheet, read_sheet, sheet_of, write_sheet
 from graphopt.executor.backends.calls import Calls
 from graphopt.executor.backends.onnx_target import OUTSIDE, OnnxTarget
-from graphopt.executor.backends.target import EXACT_INTEGERS, DeclinedError
+from graphopt.executor.backends.target import EXACT_INTEGERS, Converter, DeclinedError
 from graphopt.executor.backends.translate import translate, why_not
 from graphopt.rewrite import PASSES, VERSION
 
@@ -54,6 +55,7 @@ class OnnxRuntimeBackend:
     absent: ClassVar[frozenset[str]] = frozenset()
     flat_linear: ClassVar[bool] = True
     knows_causal: ClassVar[bool] = False
+    converter: ClassVar[Converter | None] = None
 
     # Merged linears cost 0 to 8% on six networks (benchmarks/README.md, Rewrites)
     rewrites: ClassVar[tuple[str, ...]] = tuple(name for name in PASSES if name != "merge")

@@ -9,6 +9,8 @@ integer reads do not fit is refused, and so is a region whose integer constants 
 that is out of range where it was computed inside the region reads zeros and is not reported.
 Activations of NaN may yield a number, as in the tier `fused`.
 
+An op that no rule of ours writes goes to OpenVINO's own frontend (`openvino_frontend`), that node alone.
+
 Deliberately absent: other devices, and float64, which the plugin would round to float32.
 """
 
@@ -28,8 +30,9 @@ from graphopt.analysis.regions import Region
 from graphopt.executor.backend import BackendMissingError, BuildError, Loaded, Options
 from graphopt.executor.backends.artifact import Sheet, read_sheet, sheet_of, write_sheet
 from graphopt.executor.backends.calls import Calls
-from graphopt.executor.backends.openvino_target import OpenVinoTarget
-from graphopt.executor.backends.target import EXACT_INTEGERS, DeclinedError
+from graphopt.executor.backends.openvino_frontend import OpenVinoFrontend
+from graphopt.executor.backends.openvino_target import EXACT, OpenVinoTarget
+from graphopt.executor.backends.target import EXACT_INTEGERS, Converter, DeclinedError
 from graphopt.executor.backends.translate import Guard, translate, why_not
 from graphopt.rewrite import PASSES, VERSION
 
@@ -49,6 +52,7 @@ class OpenVinoBackend:
     absent: ClassVar[frozenset[str]] = frozenset()
     flat_linear: ClassVar[bool] = False
     knows_causal: ClassVar[bool] = True
+    converter: ClassVar[Converter | None] = OpenVinoFrontend()
 
     # Merged linears cost 0 to 8% on six networks (benchmarks/README.md, Rewrites)
     rewrites: ClassVar[tuple[str, ...]] = tuple(name for name in PASSES if name != "merge")
@@ -60,6 +64,10 @@ class OpenVinoBackend:
     def unsupported(self, facts: Facts, region: Region) -> dict[str, str]:
         """See `Backend`."""
         return why_not(facts, region, self)
+
+    def without_rule(self, facts: Facts, region: Region) -> dict[str, str]:
+        """See `Backend`."""
+        return why_not(facts, region, self, converts=False)
 
     def choices(self, facts: Facts, region: Region, options: Options) -> Sequence[Options]:
         """See `Backend`: attention has two forms. Products and a softmax were the faster one on five
@@ -104,7 +112,7 @@ class OpenVinoBackend:
             ) from error
         slots = _slots(self._library, compiled, sheet, tensor)
         function = Calls(sheet, slots, [*sheet.guards, *_narrow_reads(sheet)])
-        return Loaded(function, blob.nbytes)
+        return Loaded(function, blob.nbytes, sheet.converted)
 
     @cached_property
     def _library(self) -> Any:
@@ -123,9 +131,7 @@ class OpenVinoBackend:
 def _settings(options: Options) -> dict[str, Any]:
     """The plugin's configuration: float32 throughout, threads that are ours to place."""
     return {
-        "INFERENCE_PRECISION_HINT": "f32",
-        "EXECUTION_MODE_HINT": "ACCURACY",
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+        **EXACT,
         "NUM_STREAMS": str(options.streams),
         "INFERENCE_NUM_THREADS": str(options.threads * options.streams),
         "ENABLE_CPU_PINNING": "NO",

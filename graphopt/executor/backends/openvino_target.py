@@ -16,6 +16,11 @@ import torch
 from graphopt.types import TensorType
 
 TYPES = {"f32": "f32", "i64": "i64", "i32": "i32", "bool": "boolean"}  # as the library writes them
+EXACT = {  # of the plugin: float32 throughout
+    "INFERENCE_PRECISION_HINT": "f32",
+    "EXECUTION_MODE_HINT": "ACCURACY",
+    "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+}
 Node = Any
 Operands = list[Any]
 Attributes = Mapping[str, Any]
@@ -42,6 +47,11 @@ _SELU_ALPHA, _SELU_SCALE = (
     1.6732632423543772,
     1.0507009873554805,
 )  # Klambauer et al., arXiv:1706.02515
+
+
+def output_of(handle: Node) -> Any:
+    """A handle as an output: that of a node is its first."""
+    return handle.output(0) if hasattr(handle, "outputs") else handle
 
 
 class OpenVinoTarget:

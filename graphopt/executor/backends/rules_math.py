@@ -19,7 +19,7 @@ from graphopt.executor.backends.rule_table import (
     rule,
 )
 from graphopt.executor.backends.tape import Tape, elements, promote
-from graphopt.executor.backends.target import DeclinedError, Value
+from graphopt.executor.backends.target import DeclinedError, InexactError, Value
 from graphopt.types import TensorType
 
 _UNARY = (
@@ -145,7 +145,7 @@ def _clamped(t: Tape, x: Value, low: Any, high: Any, out: TensorType) -> Value:
         least = -_INF if low is None else number(low, "a bound")
         most = _INF if high is None else number(high, "a bound")
         if math.isnan(least) or math.isnan(most):
-            raise DeclinedError("a bound is nan")
+            raise InexactError("a bound is nan")
         if least <= most:
             return t.unary("clamp", x, low=least, high=most)
     if low is not None:
@@ -268,9 +268,9 @@ def _remainder(t: Tape, a: Args, out: TensorType) -> Value:
 def _whole_division(kind: str, t: Tape, a: Args, out: TensorType) -> Value:
     other = a["other"]
     if out.dtype not in ("i64", "i32"):
-        raise DeclinedError("remainders of floats round elsewhere")
+        raise InexactError("remainders of floats round elsewhere")
     if not isinstance(other, int) or other == 0:
-        raise DeclinedError("a division by what may be zero")
+        raise InexactError("a division by what may be zero")
     return t.binary(kind, operand(t, a["self"], out.dtype), operand(t, other, out.dtype))
 
 
@@ -345,7 +345,7 @@ def _addcmul(t: Tape, a: Args, out: TensorType) -> Value:
 def _to(t: Tape, a: Args, out: TensorType) -> Value:
     x: Value = a["self"]
     if out.dtype in ("i32", "i16", "i8", "u8") and x.dtype != "bool" and x.dtype != out.dtype:
-        raise DeclinedError("integers that may not fit wrap differently")
+        raise InexactError("integers that may not fit wrap differently")
     return t.cast(x, out.dtype)
 
 

@@ -13,7 +13,7 @@ from graphopt.executor.backends.rule_table import Args, fixed, number, pair, rul
 from graphopt.executor.backends.rules_math import flags_reduced
 from graphopt.executor.backends.rules_shape import lower_triangle
 from graphopt.executor.backends.tape import Tape, broadcast_or_decline
-from graphopt.executor.backends.target import DeclinedError, Value
+from graphopt.executor.backends.target import DeclinedError, InexactError, Value
 from graphopt.types import TensorType
 
 # -- matrix products
@@ -34,7 +34,7 @@ def _addmm(t: Tape, a: Args, out: TensorType) -> Value:
     if alpha == 1 and beta == 1 and bias.shape == (right.shape[1],) and right.data is not None:
         return t.linear(left, right, bias, out.shape, transposed=True)
     if beta == 0:
-        raise DeclinedError("a bias that does not count, not even where it is nan")
+        raise InexactError("a bias that does not count, not even where it is nan")
     return t.add(t.scaled(t.matmul(left, right), alpha), t.scaled(bias, beta))
 
 
@@ -42,7 +42,7 @@ def _addmm(t: Tape, a: Args, out: TensorType) -> Value:
 def _baddbmm(t: Tape, a: Args, out: TensorType) -> Value:
     alpha, beta = number(a["alpha"], "alpha"), number(a["beta"], "beta")
     if beta == 0:
-        raise DeclinedError("a bias that does not count, not even where it is nan")
+        raise InexactError("a bias that does not count, not even where it is nan")
     product = t.scaled(t.matmul(a["batch1"], a["batch2"]), alpha)
     return t.add(product, t.scaled(a["self"], beta))
 

@@ -24,6 +24,7 @@ from graphopt.executor.backends.target import (
     LOGIC,
     Capabilities,
     DeclinedError,
+    InexactError,
     Target,
     Value,
 )
@@ -105,21 +106,21 @@ class Tape:
         """One call of the target; DeclinedError when the runtime has no exact kernel for it."""
         known = self.capabilities
         if kind in known.absent:
-            raise DeclinedError(f"no exact kernel for {kind}")
+            raise InexactError(f"no exact kernel for {kind}")
         for value in operands:
             if value is None:
                 continue
             if value.dtype not in known.dtypes:
-                raise DeclinedError(f"{value.dtype} is not exact on this runtime")
+                raise InexactError(f"{value.dtype} is not exact on this runtime")
             if (
                 value.dtype != "f32"
                 and kind not in _MOVES
                 and not (value.dtype == "bool" and (kind in LOGIC or kind == "not"))
                 and (value.dtype not in _INTEGERS or kind not in known.integers)
             ):
-                raise DeclinedError(f"no exact kernel for {kind} of {value.dtype}")
+                raise InexactError(f"no exact kernel for {kind} of {value.dtype}")
         if dtype not in known.dtypes:
-            raise DeclinedError(f"{dtype} is not exact on this runtime")
+            raise InexactError(f"{dtype} is not exact on this runtime")
         handles = [None if value is None else self.handle(value) for value in operands]
         return Value(self.target.apply(kind, handles, attributes), dtype, shape)
 
@@ -241,7 +242,7 @@ class Tape:
         self, kind: str, x: Value, shape: Shape, more: list[Any], **attributes: Any
     ) -> Value:
         if x.dtype not in self.capabilities.dtypes:
-            raise DeclinedError(f"{x.dtype} is not exact on this runtime")
+            raise InexactError(f"{x.dtype} is not exact on this runtime")
         handle = self.target.apply(kind, [self.handle(x), *more], attributes)
         return Value(handle, x.dtype, shape)
 

@@ -9,7 +9,7 @@ Deliberately absent: control flow, random numbers, and kinds whose semantics dif
 runtimes in a way that cannot be stated by an attribute.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -77,6 +77,10 @@ class DeclinedError(Exception):
     """A node cannot be run exactly; the text says why."""
 
 
+class InexactError(DeclinedError):
+    """The runtime has nothing exact for it, so its own converter is not asked either."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Value:
     """A tensor of the region on a target.
@@ -116,6 +120,52 @@ class Target(Protocol):
         """The handles of adjacent pieces of `value` along `axis`, of these sizes."""
 
 
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """Where an operand stood in the arguments; `index` is that in `OpCall.operands`."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class OpCall:
+    """One call of an ATen op with everything settled but the contents of its tensors.
+
+    Its `repr` is its identity: `1`, `1.0` and `True` are equal, and yet other arguments.
+
+    Attributes:
+        op: as the graph names it.
+        arguments: one for each parameter of the schema.
+        operands: types of the tensors, in the order of their first use.
+        constants: the operands that are constants of the graph.
+        results: types of what it returns; None for one that nothing reads.
+        ranges: name, least and greatest value of each symbol in the types.
+    """
+
+    op: str
+    arguments: tuple[Any, ...]
+    operands: tuple[TensorType, ...]
+    constants: frozenset[int]
+    results: tuple[TensorType | None, ...]
+    ranges: tuple[tuple[str, int, int | None], ...]
+
+
+class Converter(Protocol):
+    """A runtime's own reader of PyTorch graphs, for one op at a time."""
+
+    def check(self, call: OpCall) -> None:
+        """DeclinedError where it cannot write `call`, or writes something else.
+
+        Takes some 50 to 500 ms for what it has not been asked before in this process.
+        """
+
+    def convert(self, call: OpCall, handles: Sequence[Any]) -> list[Any]:
+        """The handles of the results, given those of the operands; raises DeclinedError.
+
+        One entry for each of `OpCall.results`, None for those that nothing reads.
+        """
+
+
 # Calls that CPU runtimes do on integers exactly as torch does, within the range of their type
 EXACT_INTEGERS = frozenset(
     {
@@ -133,6 +183,7 @@ class Capabilities(Protocol):
     absent: ClassVar[frozenset[str]]  # kinds without an exact kernel
     flat_linear: ClassVar[bool]  # a linear takes a matrix only
     knows_causal: ClassVar[bool]  # attention takes `causal` for square scores
+    converter: ClassVar[Converter | None]  # of single ops that no rule writes
 
 
 class Rehearsal:

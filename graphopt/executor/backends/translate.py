@@ -4,12 +4,15 @@ With fixed sizes everything that reads nothing is computed here, by torch itself
 ranges. An attention mask that masks nothing then disappears. With dynamic sizes dims are derived
 from the shapes of the reads; a symbol that no read has as a dim becomes an input.
 
+What no rule writes goes to the runtime's own converter, if it has one, node by node.
+
 `why_not` makes the same walk on a target that emits nothing, so what it lets through is what
 `translate` can write.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,12 +23,14 @@ from graphopt.analysis.regions import Region
 from graphopt.constants import TORCH_DTYPES
 from graphopt.dims import Dim, Expr, bounds, substitute
 from graphopt.executor.backends import rules_math, rules_nn, rules_shape
+from graphopt.executor.backends.conversion import op_call
 from graphopt.executor.backends.patterns import Pattern, find_patterns
 from graphopt.executor.backends.rule_table import MANY_RULES, RULES
 from graphopt.executor.backends.tape import Tape
 from graphopt.executor.backends.target import (
     Capabilities,
     DeclinedError,
+    InexactError,
     Rehearsal,
     Target,
     Value,
@@ -69,6 +74,7 @@ class Written:
     echoes: tuple[tuple[int, int], ...]
     scalars: tuple[int, ...]
     guards: tuple[Guard, ...]
+    converted: tuple[str, ...]  # ops that the runtime's own converter wrote, one for each node
 
 
 def translate(
@@ -95,12 +101,21 @@ def translate(
     )
     if not exits:
         raise DeclinedError("it computes nothing: every exit is a read")
-    return Written(exits, tuple(echoes.items()), tuple(walk.scalars), tuple(walk.guards))
+    return Written(
+        exits, tuple(echoes.items()), tuple(walk.scalars), tuple(walk.guards), tuple(walk.converted)
+    )
 
 
-def why_not(facts: Facts, region: Region, capabilities: Capabilities) -> dict[str, str]:
-    """The nodes that cannot be written, each with the reason. Reads types and arguments only."""
+def why_not(
+    facts: Facts, region: Region, capabilities: Capabilities, *, converts: bool = True
+) -> dict[str, str]:
+    """The nodes that cannot be written, each with the reason. Reads types and arguments only.
+
+    With `converts`, a node that no rule writes is shown to the runtime's own converter, if it has one:
+    some 50 to 500 ms for each kind of call, once.
+    """
     walk = _Walk(facts, region, Rehearsal(capabilities), capabilities, None)
+    walk.converter = capabilities.converter if converts else None
     reasons: dict[str, str] = {}
     for id in region.order:
         if id in walk.absorbed:
@@ -135,6 +150,8 @@ class _Walk:
         self.of_weights: set[int] = set()  # ids of known tensors that constants went into
         self.scalars: list[int] = []
         self.guards: list[Guard] = []
+        self.converter = capabilities.converter
+        self.converted: list[str] = []
         self._sizes: dict[str, Value] = {}
         self._filled: dict[Dim, bool] = {}
         self.patterns: dict[str, Pattern] = find_patterns(facts, region)
@@ -218,15 +235,59 @@ class _Walk:
         }
         if self.may_compute and self._compute(node, arguments, outs):
             return
+        try:
+            results = self._by_rule(node, arguments, outs)
+        except InexactError:
+            raise
+        except DeclinedError as declined:
+            self._convert(node, arguments, outs, declined)
+        else:
+            self.values.update(results)
+            self._guard(node)
+
+    def _by_rule(
+        self, node: Node, arguments: Mapping[str, Any], outs: Sequence[TensorType]
+    ) -> dict[Ref, Value]:
         if node.op in MANY_RULES:
             results = MANY_RULES[node.op](self.tape, arguments, outs)
         elif node.op in RULES:
             results = [RULES[node.op](self.tape, arguments, outs[0])]
         else:
             raise DeclinedError(f"{node.op} has no rule")
-        for idx, (result, out) in enumerate(zip(results, outs, strict=True)):
-            self.values[Ref(id, idx)] = self._checked(result, out)
-        self._guard(node)
+        return {
+            Ref(node.id, idx): self._checked(result, out)
+            for idx, (result, out) in enumerate(zip(results, outs, strict=True))
+        }
+
+    def _convert(
+        self,
+        node: Node,
+        arguments: Mapping[str, Any],
+        outs: Sequence[TensorType],
+        declined: DeclinedError,
+    ) -> None:
+        """Has the runtime's own converter write what no rule writes, or says why neither does."""
+        converter = self.converter
+        if converter is None or len(outs) != len(self.facts.types[node.id]):
+            raise declined
+        call, operands = op_call(node, arguments, outs, self._read, self.ranges)
+        try:
+            if isinstance(self.target, Rehearsal):
+                converter.check(call)
+                handles: list[Any] = [None if type_ is None else node.id for type_ in call.results]
+            else:
+                handles = converter.convert(call, [self.tape.handle(x) for x in operands])
+        except DeclinedError as refused:
+            raise DeclinedError(f"{declined}; its own converter: {refused}") from declined
+        for idx, (handle, out) in enumerate(zip(handles, outs, strict=True)):
+            if handle is not None:
+                self.values[Ref(node.id, idx)] = Value(handle, out.dtype, out.shape)
+        self.converted.append(node.op)
+
+    @cached_property
+    def _read(self) -> set[Ref]:
+        nodes = self.facts.graph.nodes
+        return {*self.region.exits, *(ref for id in self.region.order for ref in nodes[id].refs)}
 
     def _argument(self, value: Arg) -> Any:
         if isinstance(value, Ref):
