@@ -47,7 +47,7 @@ class Answer:
         version: the backend's.
         revision: the one whose values it was verified on: that of the job, or a newer one in which
             the region is the same.
-        max_error: of the worst output against float64.
+        max_error: of the worst output against float64, or against eager where that was enough.
         allowed: error of that output.
         n_samples: requests it was compared on.
         is_made_up: whether those were made up because no captured one fits.

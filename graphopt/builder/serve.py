@@ -7,6 +7,7 @@ model moves on is done for the newer revision when its region is the same there,
 it is not.
 """
 
+import gc
 import json
 import os
 import threading
@@ -186,6 +187,9 @@ class Server:
             paths = self._models.samples(job.message["model"])
             chosen = paths if files is None else tuple(map(Path, files))
             self._answer(job.id, do(job.version, job.message, chosen, announce, watch))
+            # After the answer, which somebody waits for. A loaded artifact may hang in cycles of its
+            # runtime's wrappers; what has been there from the start need not be looked through.
+            gc.collect()
         finally:
             with self._beating:
                 self._at_work = None

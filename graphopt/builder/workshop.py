@@ -4,7 +4,6 @@ An artifact that leaves here was loaded and run in this process before the servi
 (law 5). Whatever a backend raises is the candidate's fault and its answer's reason.
 """
 
-import gc
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -165,8 +164,6 @@ class Workshop:
             answer = run(region, weights, start_cpu_s)
         except _FailedError as failed:
             answer = failed.answer
-        finally:
-            gc.collect()  # a loaded artifact may hang in cycles of its runtime's wrappers
         return replace(answer, region_key=region_key, weight_key=weights, revision=version.revision)
 
     def propose(self, facts: Facts, document: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -50,13 +50,24 @@ def artifact_key(facts: Facts, piece: Piece, version: str) -> ArtifactKey:
     return (region.key, weights, piece.backend, version, options)
 
 
-def overlays_of(facts: Facts, keyed: Keyed, loaded: Shelf) -> list[Overlay]:
-    """An overlay for each run of which at least one artifact is loaded."""
+def overlays_of(
+    facts: Facts, keyed: Keyed, loaded: Shelf, published: Iterable[Overlay] = ()
+) -> list[Overlay]:
+    """An overlay for each run of which at least one artifact is loaded.
+
+    Those of `published`, which are of this very graph, are taken over where they are the same.
+    """
+    there = {(overlay.step.blocks, overlay.artifacts): overlay for overlay in published}
     by_run: dict[tuple[str, ...], list[tuple[Piece, ArtifactKey]]] = {}
     for piece, key in keyed:
         by_run.setdefault(piece.blocks, []).append((piece, key))
-    found = (_overlay(facts, run, entries, loaded) for run, entries in by_run.items())
-    return [overlay for overlay in found if overlay is not None]
+    found = []
+    for run, entries in by_run.items():
+        keys = tuple(key for _, key in entries if loaded.find(key) is not None)
+        if keys:
+            known = there.get((run, keys))
+            found.append(known or _overlay(facts, run, entries, loaded))
+    return found
 
 
 def _overlay(
@@ -64,7 +75,7 @@ def _overlay(
     run: tuple[str, ...],
     entries: Iterable[tuple[Piece, ArtifactKey]],
     loaded: Shelf,
-) -> Overlay | None:
+) -> Overlay:
     region = run_region(facts, run)
     any_shape: Function | None = None
     variants: dict[tuple[int, ...], Function] = {}
@@ -82,8 +93,6 @@ def _overlay(
             any_shape = candidate.function
         else:
             variants[sizes] = candidate.function
-    if not keys:
-        return None
     if any_shape is None:
         eager = eager_run(facts, run)
         any_shape = closed_over(eager.function, eager.constants, len(region.symbols))

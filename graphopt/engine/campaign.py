@@ -39,7 +39,7 @@ from graphopt.engine.supply import Supply
 from graphopt.engine.traffic import hot_shapes, request_seconds
 from graphopt.errors import BuilderError
 from graphopt.executor.arrangement import Arrangement, ArtifactKey, Overlay
-from graphopt.executor.plan import run_plan
+from graphopt.executor.plan import run_plan, run_steps
 from graphopt.executor.switch import Outcome
 from graphopt.tables import bytes_word
 
@@ -250,8 +250,8 @@ class Campaign:
         if not gathered.is_decided:
             self.findings.note(finding)  # still `building`: the next campaign asks again
             return
-        overlays = overlays_of(facts, keyed, self._means.supply.loaded)
         old = self.model.arrangement_of(facts)
+        overlays = overlays_of(facts, keyed, self._means.supply.loaded, old.overlays)
         new = Arrangement.of(old.base, overlays)
         if new.plan.id == old.plan.id and overlays:
             self.findings.note(with_figures(replace(finding, state="chosen"), before))
@@ -274,7 +274,7 @@ class Campaign:
             facts, finding, before, keyed, proven, lambda: self._prices(facts, old, new)
         )
         runs = before is not None and before.state == "chosen" and bool(old.overlays)
-        finding = replace(finding, state="on trial")
+        finding = with_figures(replace(finding, state="on trial"), before)
         yield from self._judge(finding, old, new, known=known, runs=runs)
 
     def _give_up(self, finding: Finding, keyed: Keyed, gathered: Gathering) -> Waiting:
@@ -314,10 +314,10 @@ class Campaign:
         key = self._judged = (finding.label, finding.structures)  # what a back-off is about
         model.forget_candidates()  # those that lost
         model.introduce(new)
-        waited_s = 0.0
+        waited_s, latency_s = 0.0, None if known else self._latency_s()
         while why := switch.consider(
-            new.plan, key, expected=old.plan, known=known, latency_s=self._latency_s(),
-        ):  # fmt: skip
+            new.plan, key, expected=old.plan, known=known, latency_s=latency_s
+        ):
             is_away = switch.is_away(key)
             state: State = ("chosen" if runs else "no gain") if is_away else "on trial"
             self.findings.note(replace(finding, state=state, reason=why))
@@ -402,21 +402,28 @@ class Campaign:
         return [(piece, artifact_key(facts, piece, versions[piece.backend])) for piece in pieces]
 
     def _latency_s(self) -> float | None:
-        found = request_seconds(self.model.slot)
+        """What a request takes: of the plan that runs, else of the last one that was tried."""
+        found, chosen = request_seconds(self.model.slot), self.findings.chosen
+        if found is None and chosen is not None:
+            found = chosen.latency_s
         if found is None and not self.model.slot.is_busy():
             with suppress(Exception):  # a made-up input may be one that the model cannot take
                 found = self.model.time_once(self.model.inputs_to_try()[0])
         return found
 
     def _warm(self, arrangement: Arrangement) -> tuple[int, str]:
-        """Runs a plan once before any request does: first calls allocate, and page weights in.
+        """Runs a plan once in each shape before any request does, as far as its last step that is
+        not published: first calls allocate, and page weights in.
 
         Returns on how many inputs it ran, and why it failed one that the published plan takes.
         """
-        ran = 0
-        for inputs in self.model.inputs_to_try():
+        ran, plan = 0, arrangement.plan
+        published = {id(step) for step in self.model.slot.plan.steps}
+        fresh = [i for i, step in enumerate(plan.steps) if id(step) not in published]
+        for inputs in self.model.inputs_of_shapes():
             try:
-                run_plan(arrangement.plan, inputs)
+                env, symbols = plan.bind(inputs)
+                run_steps(plan.steps[: max(fresh, default=-1) + 1], env, symbols)
                 ran += 1
             except Exception as error:  # whatever a runtime raises, it costs nobody a request here
                 with suppress(Exception):

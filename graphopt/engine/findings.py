@@ -29,8 +29,9 @@ class Finding:
         revision: on which it was concluded.
         structures: keys of the regions it is made of.
         shapes: labels of the shape variants it has.
-        ratio: time per request over that of the plan it was tried against; None without a trial.
-        latency_s: median of a request on it in its trial; None likewise.
+        ratio: time per request over that of the plan it was tried against, in its last trial; None
+            before the first.
+        latency_s: median of a request on it in that trial; None likewise.
         build_s: wall time of all builds it took, None when all artifacts were at hand.
         resident_bytes: memory of its artifacts beyond mapped files.
         family: label of the same way of running without regard to blocks that are left out because
@@ -125,6 +126,6 @@ def judged(finding: Finding, outcome: Outcome, *, runs: bool) -> Finding:
         finding,
         state=state,
         reason=outcome.reason,
-        ratio=trial.ratio if trial is not None else None,
-        latency_s=trial.buckets[0].candidate_s if trial is not None and trial.buckets else None,
+        ratio=trial.ratio if trial is not None else finding.ratio,
+        latency_s=trial.buckets[0].candidate_s if trial and trial.buckets else finding.latency_s,
     )

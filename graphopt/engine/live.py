@@ -172,6 +172,11 @@ class LiveModel:
         """Inputs for plans without traffic: of real requests, else made up."""
         return self.requests() or [sample_inputs(self.facts)]
 
+    def inputs_of_shapes(self) -> list[Mapping[str, torch.Tensor]]:
+        """One of them for each shape."""
+        kept = self.captured.collect(self.slot.plan)
+        return [row[-1] for row in kept.values()] or [sample_inputs(self.facts)]
+
     def requests(self) -> list[Mapping[str, torch.Tensor]]:
         """Inputs of some real requests, of every shape that was met."""
         kept = self.captured.collect(self.slot.plan)

@@ -8,6 +8,8 @@ on the background thread.
 
 import ctypes
 import json
+import shutil
+from collections import deque
 from collections.abc import Set
 from pathlib import Path
 
@@ -39,6 +41,7 @@ class Supply:
         self._settings = settings
         self._versions: dict[str, str] | None = None
         self._pinned: set[ArtifactKey] = set()
+        self._unstored: deque[tuple[ArtifactKey, Path, Verified]] = deque()
         host = host_fingerprint()
         self._measured = Measured(
             folder, host, clocks.wall_s, lambda reason: self._dropped("measured", reason)
@@ -95,15 +98,27 @@ class Supply:
     def take(
         self, facts: Facts, piece: Piece, key: ArtifactKey, job: BuildJob, answer: Answer
     ) -> str:
-        """Keeps and loads what the builder made and proved; the reason when that cannot be done."""
-        verified = Verified(answer.max_error, answer.allowed, answer.n_samples)
+        """Loads what the builder made and proved; the reason when that cannot be done.
+
+        `store` keeps it on disk: a plan need not wait until it is synced.
+        """
         try:
-            folder = self._cache.put(key, job.folder, verified).folder
-            self._load(facts, piece, key, folder)
+            self._load(facts, piece, key, job.folder)
         except GraphoptError as error:
-            self._cache.drop(key, f"it does not load: {error}")
+            shutil.rmtree(job.folder, ignore_errors=True)
             return str(error)
+        verified = Verified(answer.max_error, answer.allowed, answer.n_samples)
+        self._unstored.append((key, job.folder, verified))
         return ""
+
+    def store(self) -> None:
+        """Keeps on disk what was taken since the last call; what does not fit is told, and runs."""
+        while self._unstored:
+            key, folder, verified = self._unstored.popleft()
+            try:
+                self._cache.put(key, folder, verified)
+            except GraphoptError as error:
+                self._dropped(name_of(key), str(error))
 
     def recall(self, model: str, facts: Facts, limits: ModelLimits) -> tuple[str, Keyed] | None:
         """What ran for this very graph, loaded; None when it is not known, not at hand, or made for
@@ -182,7 +197,8 @@ class Supply:
         return True
 
     def close(self) -> None:
-        """Writes what was learned."""
+        """Writes what was built and learned."""
+        self.store()
         self._measured.save()
 
     def _load(self, facts: Facts, piece: Piece, key: ArtifactKey, folder: Path) -> None:

@@ -135,8 +135,8 @@ class Backend(Protocol):
         """Makes an artifact runnable without compiling; `constants` are those of `Region.consts`
         that are the user's.
 
-        Nothing needs to stay in `folder` but what is mapped. Raises BuildError when the files are
-        not what `build` of this version wrote.
+        The folder is renamed afterwards and may be removed: what is mapped or open stays good, its
+        path does not. Raises BuildError when the files are not what `build` of this version wrote.
         """
 
 

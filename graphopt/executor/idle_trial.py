@@ -85,13 +85,13 @@ class IdleTrial:
         first = self._trial.is_candidate(self._turn * 2 * block)
         for is_candidate in (first, not first):
             for _ in range(block):  # the last counts, as with live requests
-                if self._traffic.is_busy() or self._traffic.mark() is not begun:
+                if self._is_disturbed(begun):
                     return False
                 try:
                     took_s[is_candidate], answers[is_candidate] = self._time(is_candidate, captured)
                 except Exception as error:
                     return self._failed(is_candidate, bucket, captured, error)
-        if self._traffic.is_busy() or self._traffic.mark() is not begun:
+        if self._is_disturbed(begun):
             return False
         self._turn += 1
         if bucket not in self._compared:
@@ -101,6 +101,10 @@ class IdleTrial:
                 return False
         self._trial.add_pair(bucket, took_s[False], took_s[True])
         return True
+
+    def _is_disturbed(self, begun: object) -> bool:
+        """Whether a request has come since `begun`, or another plan, which ends the trial."""
+        return self._traffic.is_busy() or self._traffic.mark() is not begun or self._trial.is_over
 
     def _time(self, is_candidate: bool, captured: Inputs) -> tuple[float, dict[str, torch.Tensor]]:
         plan = self._plans[is_candidate]

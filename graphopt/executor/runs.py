@@ -9,6 +9,8 @@ Deliberately absent: whether a run is quicker; that is decided by the builder of
 measurement.
 """
 
+from contextlib import suppress
+
 from graphopt.analysis.blocks import CONTEXT, END, START
 from graphopt.analysis.facts import Facts
 from graphopt.analysis.regions import Region, build_region
@@ -38,6 +40,8 @@ _JOINS = {
     "aten.pad.default": _CONVOLUTIONS,
     "aten.constant_pad_nd.default": _CONVOLUTIONS,
 }
+KNOWN_MAX = 1_024  # regions of runs, 10 KB each for a layer of a transformer
+_KNOWN: dict[tuple[tuple[Region, ...], tuple[Ref, ...]], Region] = {}
 
 
 def run_of(facts: Facts, block: str) -> tuple[str, ...]:
@@ -80,9 +84,18 @@ def run_region(facts: Facts, run: tuple[str, ...]) -> Region:
             is_inner = ref.id == block or block == CONTEXT
             if block == run[-1] or not is_inner or _is_output(facts, ref):
                 exits[ref] = None
-    return build_region(
-        facts.graph, facts.type_of, tuple(exits), lambda id: facts.home_of(id) in inside
-    )
+    # The blocks' regions say what they compute, so together with the exits they say what the run does:
+    # after a delta the runs it did not touch are found, in whichever revision they are asked for.
+    key = (tuple([facts.regions[block] for block in run]), tuple(exits))
+    found = _KNOWN.get(key)
+    if found is None:
+        found = _KNOWN[key] = build_region(
+            facts.graph, facts.type_of, tuple(exits), lambda id: facts.home_of(id) in inside
+        )
+        while len(_KNOWN) > KNOWN_MAX:
+            with suppress(KeyError, RuntimeError):  # another thread was at it too
+                del _KNOWN[next(iter(_KNOWN))]
+    return found
 
 
 def eager_run(facts: Facts, run: tuple[str, ...]) -> Step:

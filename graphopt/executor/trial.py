@@ -220,6 +220,11 @@ class Trial:
         """Ends the trial: the candidate raised, or answered what it must not."""
         self._end("failed", reason)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended, so that nothing measured from now on counts."""
+        return self._ended is not None
+
     def cancel(self, reason: str) -> None:
         """Ends the trial without a verdict, as when a delta made another revision."""
         self._end("cancelled", reason)

@@ -26,6 +26,8 @@ QUICK_S = 2e-3  # a hand-over to another thread and back takes some 10 us
 HOT_ENOUGH = 0.98
 PLANS_MAX = 8
 PREFERRED = ("openvino", "onnxruntime")  # the order in which they won on most models measured
+VERDICTS_MAX = 4_096  # (backend, structure) pairs; proposals are made on one thread
+_VERDICTS: "dict[tuple[WhyNot, str], tuple[int, ...]]" = {}
 
 Document = Mapping[str, Any]
 Extra = tuple[tuple[str, str], ...]
@@ -164,11 +166,31 @@ def supported(facts: Facts, run: Run, backend: Backend) -> list[Run]:
 
 
 def _supported(facts: Facts, run: Run, why_not: WhyNot) -> list[Run]:
-    bad = why_not(facts, run_region(facts, run))
-    homes = {home for id in bad if (home := facts.home_of(id))}
+    homes = {home for id in _bad(facts, run, why_not) if (home := facts.home_of(id))}
     if CONTEXT in homes:
         return _supported(facts, run[1:], why_not)
     return pieces_of(facts, run, homes)
+
+
+def _bad(facts: Facts, run: Run, why_not: WhyNot) -> list[str]:
+    """The nodes of a run that cannot be run. Where each block is fine by itself the run is."""
+    if not any(_verdict(facts, facts.regions[block], why_not) for block in run):
+        return []
+    return _verdict(facts, run_region(facts, run), why_not)
+
+
+def _verdict(facts: Facts, region: Region, why_not: WhyNot) -> list[str]:
+    """The nodes of a region that cannot be run. A structure that repeats is looked at once, and not
+    again when a delta leaves it as it was: the answer depends on nothing else.
+    """
+    found = _VERDICTS.get((why_not, region.key))
+    if found is None:
+        bad = why_not(facts, region)
+        found = tuple(i for i, id in enumerate(region.order) if id in bad)
+        _VERDICTS[why_not, region.key] = found
+        while len(_VERDICTS) > VERDICTS_MAX:
+            del _VERDICTS[next(iter(_VERDICTS))]
+    return [region.order[i] for i in found]
 
 
 def _sizes(symbols: tuple[str, ...], document: Document) -> list[tuple[int, ...] | None]:

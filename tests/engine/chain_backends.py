@@ -107,13 +107,13 @@ class Homesick(Once):
 
 
 class Tiring(Once):
-    """Fast in the builder and in its trial; slow once the file `tired` lies beside its artifact."""
+    """Fast in the builder and in its trial; slow once the file `tired` lies among the artifacts."""
 
     name = "tiring"
 
     def function(self, folder: Path) -> Callable[..., Any]:
         def run(x: torch.Tensor, *symbols: int) -> torch.Tensor:
-            if (folder / "tired").exists():
+            if (folder.parent / "tired").exists():
                 end_s = time.perf_counter() + 0.02
                 while time.perf_counter() < end_s:
                     pass
@@ -123,13 +123,13 @@ class Tiring(Once):
 
 
 class Fragile(Once):
-    """Raises once the file `broken` lies beside its artifact."""
+    """Raises once the file `broken` lies among the artifacts."""
 
     name = "fragile"
 
     def function(self, folder: Path) -> Callable[..., Any]:
         def run(x: torch.Tensor, *symbols: int) -> torch.Tensor:
-            if (folder / "broken").exists():
+            if (folder.parent / "broken").exists():
                 raise RuntimeError("the kernel met an unreachable state")
             return torch.relu(x)
 

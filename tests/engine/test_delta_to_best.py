@@ -1,0 +1,153 @@
+"""A delta to a network of layers: the runtime has the layer that it touched again before anything else,
+and no trial has to tell one layer from many.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import graphopt
+from graphopt.delta import AddNode, Delta, Rewire, SetAttr
+from graphopt.engine.campaign import Campaign
+from graphopt.engine.engine import Engine
+from graphopt.executor.switch import Switch
+from graphopt.graph import Ref
+from helpers.graphs import transformer
+
+SETTLED_S = 120.0  # of a broken test; a good one takes seconds
+LAYERED = "openvino layers"
+REQUEST = {
+    "input_ids": torch.arange(12).reshape(1, 12) % 16,
+    "attention_mask": torch.ones(1, 12, dtype=torch.int64),
+}
+
+Said = list[tuple[str, Mapping[str, Any]]]
+
+
+@pytest.fixture
+def said() -> Said:
+    return []
+
+
+@pytest.fixture
+def engine(said: Said, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
+    """Six layers, each on OpenVINO: as large ones would be, and as if that had won its trial; no
+    other plan is looked at.
+    """
+    torch.set_num_threads(1)
+    monkeypatch.setattr(Campaign, "_latency_s", lambda self: 1.0)
+    monkeypatch.setattr(Campaign, "_is_open", lambda self, plan, facts: plan["label"] == LAYERED)
+    settings = graphopt.EngineSettings(
+        intra_op=1,
+        backends=("openvino",),
+        events=lambda name, fields: said.append((name, dict(fields))),
+    )
+    consider: Callable[..., str] = Switch.consider
+    with ExitStack() as stack:
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        patch.setattr(Switch, "consider", lambda *a, **k: consider(*a, **{**k, "known": "forced"}))
+        engine = stack.enter_context(graphopt.Engine(transformer(6), settings))
+        for _ in range(20):
+            engine.run(REQUEST)
+        assert engine.settle(SETTLED_S)
+        patch.undo()
+        (found,) = engine.host.better.findings("transformer")
+        assert (found.label, found.state) == (LAYERED, "chosen")
+        engine.host.better.supply.prove(LAYERED, found.structures)
+        said.clear()
+        yield engine
+
+
+def edit(engine: Engine, layer: int, factor: float = 1.25) -> None:
+    """One more node in the middle of a layer."""
+    value = f"layer.{layer}/gelu"
+    readers = tuple(engine.model.graph.users[value])
+    scaled = AddNode(f"scaled.{layer}", "aten.mul.Tensor", (Ref(value), factor))
+    engine.apply(Delta([scaled, Rewire(Ref(value), Ref(scaled.id), readers)]))
+
+
+def of(said: Said, name: str, revision: int) -> list[Mapping[str, Any]]:
+    return [f for event, f in said if event == name and f.get("revision") == revision]
+
+
+def check_answers(engine: Engine) -> None:
+    with graphopt.Engine(engine.model.graph, graphopt.EngineSettings(improve=False)) as reference:
+        expected = reference.run(REQUEST).outputs
+    torch.testing.assert_close(engine.run(REQUEST).outputs, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_touched_layer_alone_is_built_and_needs_no_trial(engine: Engine, said: Said):
+    before = {overlay.step.blocks: overlay for overlay in engine.model.arrangement.overlays}
+    edit(engine, 3)
+    dropped = set(before) - {o.step.blocks for o in engine.model.arrangement.overlays}
+    assert len(dropped) == 1
+    assert engine.settle(SETTLED_S)
+    after = {overlay.step.blocks: overlay for overlay in engine.model.arrangement.overlays}
+    kept = [blocks for blocks in before if after.get(blocks) is before[blocks]]
+    assert len(kept) == len(before) - 1
+    assert len(after) == len(before)
+    first = of(said, "plan.published", 2)[0]
+    assert first["cause"] == "known_cost"
+    assert "most of these regions" in first["reason"]
+    (built,) = of(said, "plan.built", 2)
+    assert built["block"] in next(iter(set(after) - set(kept)))
+    check_answers(engine)
+
+
+def test_the_runtime_comes_before_the_fused_steps(engine: Engine, said: Said):
+    edit(engine, 2)
+    assert engine.settle(SETTLED_S)
+    tiers = [f["tier"] for f in of(said, "plan.verified", 2)]
+    assert tiers[0] == "openvino"
+    check_answers(engine)
+
+
+def test_a_slower_prediction_asks_for_a_trial(
+    engine: Engine, said: Said, monkeypatch: pytest.MonkeyPatch
+):
+    costs = engine.host.better.costs
+    known = costs.plan(engine.model.facts, engine.model.arrangement, {"batch": 1, "seq": 12})
+    assert known is not None  # measured when the model had settled
+
+    def plan(facts: Any, arrangement: Any, sizes: Any) -> Any:
+        return replace(known, seconds=known.seconds * (1 + len(arrangement.overlays)))
+
+    monkeypatch.setattr(costs, "plan", plan)
+    edit(engine, 3)
+    assert engine.settle(SETTLED_S)
+    causes = {f["cause"] for n in ("plan.published", "plan.declined") for f in of(said, n, 2)
+              if "cause" in f}  # fmt: skip
+    assert "known_cost" not in causes
+    assert "trial" in causes
+    check_answers(engine)
+
+
+def test_what_runs_stays_chosen_when_its_new_layer_is_no_gain(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+):
+    """Else each delta would leave one more layer behind: the next one asks for both again."""
+    monkeypatch.setattr("graphopt.engine.campaign.why_known", lambda *args: "")
+    monkeypatch.setattr("graphopt.executor.trial.FUTILE_PAIRS", 1)
+    monkeypatch.setattr("graphopt.executor.trial.FUTILE_SIGMA", -100.0)
+    edit(engine, 3)
+    assert engine.settle(SETTLED_S)
+    found = engine.host.better.findings("transformer").get(LAYERED)
+    assert found is not None
+    assert found.state == "chosen"
+    assert len(engine.model.arrangement.overlays) == 6
+    monkeypatch.setattr("graphopt.engine.campaign.why_known", lambda *args: "forced")
+    edit(engine, 1, 1.5)  # other regions than those that are backed off from
+    assert engine.settle(SETTLED_S)
+    assert len(engine.model.arrangement.overlays) == 7
+    check_answers(engine)
+
+
+def test_an_attribute_is_an_edit_like_any_other(engine: Engine, said: Said):
+    engine.apply(Delta([SetAttr("layer.3/gelu", "approximate", "tanh")]))
+    assert engine.settle(SETTLED_S)
+    assert len(engine.model.arrangement.overlays) == 7
+    check_answers(engine)
