@@ -214,7 +214,7 @@ class Campaign:
         old = self.model.arrangement_of(facts)
         new = Arrangement.of(old.base, overlays)
         finding = Finding(label, "chosen", "chosen before for this graph", self.revision)
-        finding = with_keys(finding, keyed)
+        finding = with_keys(finding, facts, keyed)
         if self._warm(new)[1]:
             return False
         self.model.introduce(new)
@@ -230,7 +230,7 @@ class Campaign:
         before = self.findings.get(plan["label"]) or self.findings.get(plan["family"])
         finding = Finding(plan["label"], "building", revision=self.revision, family=plan["family"])
         keyed = self._keyed(facts, pieces_of(plan))
-        finding = with_keys(finding, keyed)
+        finding = with_keys(finding, facts, keyed)
         self.wanted = frozenset(key for _, key in keyed)
         pin = self._means.pins.get(self.model.name)
         is_of_tiers = pin is not None and pin.tiers is not None  # some may harm the builder
@@ -394,8 +394,8 @@ class Campaign:
                 return False
         if found is None or found.state in ("building", "on trial", "held", "chosen"):
             return True
-        fresh = with_keys(found, self._keyed(facts, pieces_of(plan)))
-        return not found.stands_for(fresh.structures, fresh.shapes)
+        fresh = with_keys(found, facts, self._keyed(facts, pieces_of(plan)))
+        return not found.stands_for(fresh.blocks, fresh.shapes)
 
     def _keyed(self, facts: Facts, pieces: Sequence[Piece]) -> Keyed:
         versions = self._means.supply.versions()

@@ -1,17 +1,19 @@
 """What is known about the ways of running one model: tried, refused, chosen, and why.
 
-A finding outlives the revision it was made on: while most regions of a plan have the structure they
-had, what was concluded about it stands (`stands_for`). `explain` prints findings as they are.
+A finding outlives the revision it was made on: while most blocks of a plan have the structure they
+had, what was concluded about it stands (`stands_for`). Blocks and not regions: a delta to one layer
+changes the one region of a whole graph, and says nothing new about whole graphs. `explain` prints findings as they are.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from graphopt.analysis.facts import Facts
 from graphopt.engine.assembly import Keyed
 from graphopt.executor.switch import Outcome
 
-SAME_SHARE = 0.75  # of the regions' structures: as long as they are the same, a conclusion stands
+SAME_SHARE = 0.75  # of the structures: as long as they are the same, a conclusion stands
 FINDINGS_KEPT = 32
 
 State = Literal["building", "on trial", "chosen", "replaced", "no gain", "failed", "held"]
@@ -28,6 +30,7 @@ class Finding:
         reason: for people, with figures.
         revision: on which it was concluded.
         structures: keys of the regions it is made of.
+        blocks: structure keys of the blocks in these.
         shapes: labels of the shape variants it has.
         ratio: time per request over that of the plan it was tried against, in its last trial; None
             before the first.
@@ -43,6 +46,7 @@ class Finding:
     reason: str = ""
     revision: int = 0
     structures: frozenset[str] = frozenset()
+    blocks: frozenset[str] = frozenset()
     shapes: frozenset[str] = frozenset()
     ratio: float | None = None
     latency_s: float | None = None
@@ -50,10 +54,10 @@ class Finding:
     resident_bytes: int | None = None
     family: str = ""
 
-    def stands_for(self, structures: Iterable[str], shapes: Iterable[str]) -> bool:
-        """Whether the conclusion holds for a plan of these regions and shape variants."""
-        wanted = set(structures)
-        same = len(wanted & self.structures)
+    def stands_for(self, blocks: Iterable[str], shapes: Iterable[str]) -> bool:
+        """Whether the conclusion holds for a plan of blocks of these structures and shape variants."""
+        wanted = set(blocks)
+        same = len(wanted & self.blocks)
         is_same_shapes = set(shapes) <= self.shapes
         return is_same_shapes and bool(wanted) and same >= SAME_SHARE * len(wanted)
 
@@ -91,11 +95,12 @@ class Findings:
         return iter(list(self._by_label.values()))
 
 
-def with_keys(finding: Finding, keyed: Keyed) -> Finding:
+def with_keys(finding: Finding, facts: Facts, keyed: Keyed) -> Finding:
     """The finding with the structures and shape variants that its plan is made of."""
     return replace(
         finding,
         structures=frozenset(key[0] for _, key in keyed),
+        blocks=frozenset(facts.regions[block].key for piece, _ in keyed for block in piece.blocks),
         shapes=frozenset(piece.options.label for piece, _ in keyed),
     )
 

@@ -56,7 +56,7 @@ def test_the_same_function_passes():
     verdict = judged(right)
     assert verdict.ok
     assert verdict.reason == ""
-    assert 0 < verdict.max_error <= verdict.allowed
+    assert 0 <= verdict.max_error <= verdict.allowed
     assert verdict.n_samples == 1
 
 
