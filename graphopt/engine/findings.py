@@ -2,7 +2,8 @@
 
 A finding outlives the revision it was made on: while most blocks of a plan have the structure they
 had, what was concluded about it stands (`stands_for`). Blocks and not regions: a delta to one layer
-changes the one region of a whole graph, and says nothing new about whole graphs. `explain` prints findings as they are.
+changes the one region of a whole graph, and says nothing new about whole graphs. `explain` prints
+findings as they are.
 """
 
 from collections.abc import Iterable, Iterator
