@@ -31,6 +31,7 @@ from graphopt.engine.records import EngineSettings
 from graphopt.engine.shelf import Shelf
 from graphopt.engine.supply import Supply
 from graphopt.engine.traffic import HotShapes, hot_shapes
+from graphopt.executor.idle_trial import ALONE_S, BESIDE_SHARE
 from graphopt.executor.switch import Outcome
 from graphopt.executor.threads import BackgroundThread, keep_thread_count
 
@@ -39,10 +40,6 @@ TRIAL_S = 0.02  # between looks at a trial
 # Deltas closer together than this are a burst, within which no campaign would live to its end: one
 # begins when none came for CALM_S, or PATIENCE_S after the last one. A lone delta's begins at once.
 BURST_S, CALM_S, PATIENCE_S = 0.5, 0.1, 2.0
-IDLE_TRIAL_S = 0.25  # at a stretch on captured inputs
-# Of the time, where other models have requests: a trial of 5% meets few of them, and 20 pairs of 16 ms
-# still end within seconds.
-BESIDE_SHARE = 0.05
 _EVENTS = {
     "published": "plan.published", "refused": "plan.declined", "confirmed": "plan.confirmed",
     "rolled_back": "plan.rolled_back", "kept": "plan.kept",
@@ -120,8 +117,9 @@ class BetterPath:
         self.supply = Supply(home, settings, clocks)
         self.costs = Costs(cost_model, self.supply, settings.limits, clocks.monotonic_s)
         self._means = Means(
-            self._fused, self.link, self.supply, self.pins, self.costs, self.artifacts_in_use
-        )
+            self._fused, self.link, self.supply, self.pins, self.costs, self.artifacts_in_use,
+            self._others_serve, clocks.monotonic_s,
+        )  # fmt: skip
         self._background.submit_after(TICK_S, "tick", self._tick)
 
     # -- what the host tells
@@ -298,9 +296,9 @@ class BetterPath:
         keep_thread_count(model.share.each)  # a trial compares plans as requests run them
         if model.switch.phase in ("trial", "confirmation"):
             captured = model.inputs_to_try()
-        is_beside = bool(captured) and self._others_serve(course)
+        is_beside = bool(captured) and self._others_serve(model)
         begun_s = self._now_s()
-        for outcome in model.switch.step(captured, 0.0 if is_beside else IDLE_TRIAL_S):
+        for outcome in model.switch.step(captured, 0.0 if is_beside else ALONE_S):
             self._tell(course, outcome)
         if model.switch.phase in ("trial", "confirmation"):
             spent_s = self._now_s() - begun_s
@@ -310,12 +308,12 @@ class BetterPath:
             self._background.submit_after(delay_s, key, lambda: self._attend(course))
         self._notify()
 
-    def _others_serve(self, course: _Course) -> bool:
+    def _others_serve(self, model: LiveModel) -> bool:
         """Whether a model other than this one has requests, or had one since this was asked last."""
         serve = False
         for other in list(self._courses.values()):
             mark = other.model.slot.mark()
-            if other is not course:
+            if other.model is not model:
                 serve |= mark is not other.mark or other.model.slot.is_busy()
             other.mark = mark
         return serve

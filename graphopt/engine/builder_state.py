@@ -79,9 +79,8 @@ class BuilderState:
         """Replaces the real inputs that candidates of `name` are verified on."""
         with self._lock:
             known = self._models.get(name)
-            wanted = tuple(requests[:REQUESTS_MAX])
-            if known is not None and not _are_same(known.requests, wanted):
-                known.requests = wanted
+            if known is not None:
+                known.requests = tuple(requests[:REQUESTS_MAX])
                 known.has_new_requests = True
 
     def forget(self, name: str) -> None:
@@ -220,8 +219,3 @@ class BuilderState:
         known.are_requests_sent = True
         files = [str(path) for path in known.request_files]
         return [{"op": "samples", "model": name, "files": files}]
-
-
-def _are_same(a: Sequence[object], b: Sequence[object]) -> bool:
-    """Whether both hold the same objects."""
-    return len(a) == len(b) and all(one is other for one, other in zip(a, b, strict=True))

@@ -18,10 +18,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from graphopt.analysis.facts import Facts
-from graphopt.costs.plan_cost import PlanCost
-from graphopt.engine.assembly import Keyed, Piece, artifact_key, overlays_of, pieces_of
+from graphopt.engine.assembly import Keyed, artifact_key, overlays_of, pieces_of
 from graphopt.engine.builder_link import BuilderLink
-from graphopt.engine.costs import Costs, sizes_of
+from graphopt.engine.costs import Costs
 from graphopt.engine.findings import (
     Finding,
     Findings,
@@ -34,13 +33,16 @@ from graphopt.engine.gather import REASONS_KEPT, Gathering, gather
 from graphopt.engine.improve import FusedStage, Waiting
 from graphopt.engine.live import LiveModel, MovedOnError
 from graphopt.engine.pins import Pins
-from graphopt.engine.precedent import NEAR, nodes_of, share_of, why_known
+from graphopt.engine.precedent import NEAR, has_won, is_alike, nodes_of, share_of
 from graphopt.engine.supply import Supply
 from graphopt.engine.traffic import hot_shapes, request_seconds
 from graphopt.errors import BuilderError
 from graphopt.executor.arrangement import Arrangement, ArtifactKey, Overlay
+from graphopt.executor.idle_trial import ALONE_S, BESIDE_SHARE
 from graphopt.executor.plan import run_plan, run_steps
+from graphopt.executor.step_trial import StepTrial, parting
 from graphopt.executor.switch import Outcome
+from graphopt.executor.trial import ACCEPTANCE, Trial
 from graphopt.tables import bytes_word
 
 RETRY_S = 0.1  # until a switch that is not ready is asked again
@@ -48,6 +50,9 @@ COVERED_MIN = (
     0.5  # of the nodes that a plan wants on a runtime: with fewer built it is another plan
 )
 WATCHED_MIN = 50  # requests after which a plan under watch may give way to the next trial
+STEPS_S = 2.0  # of waiting for a comparison of steps: then requests decide, in a trial
+STEPS_RETRY_S = 0.002  # until the next look at it, where a request came
+STEPS = replace(ACCEPTANCE, warmup_pairs=0)  # the steps have run when they were warmed
 UNWATCHED_S = 1.0  # or so long, where there is hardly any traffic
 
 
@@ -61,6 +66,8 @@ class Means:
     pins: Pins
     costs: Costs
     in_use: Callable[[], set[ArtifactKey]]  # artifacts that any model's plans run on or wait for
+    others_serve: Callable[[LiveModel], bool]  # whether models other than this one have requests
+    now_s: Callable[[], float]
 
 
 class Campaign:
@@ -78,6 +85,7 @@ class Campaign:
         self.revision, self._facts = model.at_hand()
         self.restless = model.churn.restless()
         self._limits = model.settings.limits(model.name)
+        self._keys: dict[str, Keyed] = {}  # of the proposed plans, by label
         self._course = self._run()
         self._waits_for: Future[Any] | None = None
         self._judged: Any = None  # key of the plan that the switch judges for this campaign
@@ -229,7 +237,7 @@ class Campaign:
         """Builds one proposed plan and has it judged."""
         before = self.findings.get(plan["label"]) or self.findings.get(plan["family"])
         finding = Finding(plan["label"], "building", revision=self.revision, family=plan["family"])
-        keyed = self._keyed(facts, pieces_of(plan))
+        keyed = self._keyed(facts, plan)
         finding = with_keys(finding, facts, keyed)
         self.wanted = frozenset(key for _, key in keyed)
         pin = self._means.pins.get(self.model.name)
@@ -269,13 +277,32 @@ class Campaign:
             reason = reason or "no request to try it on"
             self.findings.note(replace(finding, state=state, reason=reason))
             return
-        proven = self._means.supply.proven(finding.family)
-        known = why_known(
-            facts, finding, before, keyed, proven, lambda: self._prices(facts, old, new)
-        )
+        proven, known = self._means.supply.proven(finding.family), ""
+        if has_won(finding, before, proven):
+            known = "it won with regions of this structure before"
+        elif is_alike(facts, finding, before, keyed, proven):
+            known = yield from self._compare_steps(old, new)
         runs = before is not None and before.state == "chosen" and bool(old.overlays)
         finding = with_figures(replace(finding, state="on trial"), before)
         yield from self._judge(finding, old, new, known=known, runs=runs)
+
+    def _compare_steps(self, old: Arrangement, new: Arrangement) -> Waiting:
+        """Why a plan is faster, by its new steps alone; empty when it is not, or requests came."""
+        model, means = self.model, self._means
+        trial = Trial(old.plan.id, new.plan.id, STEPS)
+        driver = StepTrial(
+            trial, old.plan, new.plan, model.inputs_of_shapes(), model.slot, means.now_s
+        )
+        until_s, result = means.now_s() + STEPS_S, None
+        while result is None and means.now_s() < until_s:
+            is_beside, begun_s = means.others_serve(model), means.now_s()
+            result = driver.run(0.0 if is_beside else ALONE_S)
+            spent_s = means.now_s() - begun_s
+            if result is None:
+                yield max(STEPS_RETRY_S, spent_s * (1 / BESIDE_SHARE - 1) if is_beside else 0.0)
+        if result is None or result.verdict != "better":
+            return ""
+        return f"it won with most of its regions before, and its new steps take {result.reason}"
 
     def _give_up(self, finding: Finding, keyed: Keyed, gathered: Gathering) -> Waiting:
         """Says that a plan holds too much memory, and lets go of what no other plan needs.
@@ -339,7 +366,7 @@ class Campaign:
             for other in self.findings:
                 if other.state == "chosen" and other.label != finding.label:
                     self.findings.note(replace(other, state="replaced"))
-            if outcome.cause == "trial":  # what the cost model foresaw is under watch yet
+            if outcome.cause == "trial":  # of what was compared by its steps only these are known
                 self._means.supply.prove(finding.family, finding.structures)
 
     # -- helpers
@@ -367,14 +394,8 @@ class Campaign:
 
     def _is_at_hand(self, plan: Mapping[str, Any], facts: Facts) -> bool:
         """Whether hardly anything of a plan has to be built."""
-        keyed = self._keyed(facts, pieces_of(plan))
+        keyed = self._keyed(facts, plan)
         return share_of(facts, keyed, self._means.supply.is_at_hand) >= 1.0 - NEAR
-
-    def _prices(
-        self, facts: Facts, old: Arrangement, new: Arrangement
-    ) -> tuple[PlanCost | None, PlanCost | None]:
-        sizes, costs = sizes_of(self.model), self._means.costs
-        return costs.plan(facts, old, sizes), costs.plan(facts, new, sizes)
 
     def _is_open(self, plan: Mapping[str, Any], facts: Facts) -> bool:
         """Whether a plan is worth another look.
@@ -394,12 +415,19 @@ class Campaign:
                 return False
         if found is None or found.state in ("building", "on trial", "held", "chosen"):
             return True
-        fresh = with_keys(found, facts, self._keyed(facts, pieces_of(plan)))
+        fresh = with_keys(found, facts, self._keyed(facts, plan))
         return not found.stands_for(fresh.blocks, fresh.shapes)
 
-    def _keyed(self, facts: Facts, pieces: Sequence[Piece]) -> Keyed:
-        versions = self._means.supply.versions()
-        return [(piece, artifact_key(facts, piece, versions[piece.backend])) for piece in pieces]
+    def _keyed(self, facts: Facts, plan: Mapping[str, Any]) -> Keyed:
+        """The pieces of a proposed plan with their keys; made once a campaign."""
+        found = self._keys.get(plan["label"])
+        if found is None:
+            versions = self._means.supply.versions()
+            found = self._keys[plan["label"]] = [
+                (piece, artifact_key(facts, piece, versions[piece.backend]))
+                for piece in pieces_of(plan)
+            ]
+        return found
 
     def _latency_s(self) -> float | None:
         """What a request takes: of the plan that runs, else of the last one that was tried."""
@@ -418,12 +446,11 @@ class Campaign:
         Returns on how many inputs it ran, and why it failed one that the published plan takes.
         """
         ran, plan = 0, arrangement.plan
-        published = {id(step) for step in self.model.slot.plan.steps}
-        fresh = [i for i, step in enumerate(plan.steps) if id(step) not in published]
+        _, last = parting(self.model.slot.plan.steps, plan.steps)
         for inputs in self.model.inputs_of_shapes():
             try:
                 env, symbols = plan.bind(inputs)
-                run_steps(plan.steps[: max(fresh, default=-1) + 1], env, symbols)
+                run_steps(plan.steps[: len(plan.steps) - last], env, symbols)
                 ran += 1
             except Exception as error:  # whatever a runtime raises, it costs nobody a request here
                 with suppress(Exception):

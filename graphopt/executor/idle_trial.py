@@ -18,6 +18,10 @@ from graphopt.executor.latency import Bucket
 from graphopt.executor.plan import Plan, run_steps
 from graphopt.executor.trial import Trial, TrialResult
 
+ALONE_S = 0.25  # of work at a stretch
+# Of the time, where other models have requests: a trial of 5% meets few of them, and 20 pairs of 16 ms
+# still end within seconds.
+BESIDE_SHARE = 0.05
 DIFFERENCE_MAX = 1e-3  # of an output's scale; whole plans in float32 differ by some 1e-5
 
 Inputs = Mapping[str, torch.Tensor]

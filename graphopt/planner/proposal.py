@@ -26,8 +26,8 @@ QUICK_S = 2e-3  # a hand-over to another thread and back takes some 10 us
 HOT_ENOUGH = 0.98
 PLANS_MAX = 8
 PREFERRED = ("openvino", "onnxruntime")  # the order in which they won on most models measured
-VERDICTS_MAX = 4_096  # (backend, structure) pairs; proposals are made on one thread
-_VERDICTS: "dict[tuple[WhyNot, str], tuple[int, ...]]" = {}
+VERDICTS_MAX = 4_096  # of a backend on a structure; proposals are made on one thread
+_VERDICTS: dict[Any, tuple[int, ...]] = {}
 
 Document = Mapping[str, Any]
 Extra = tuple[tuple[str, str], ...]
@@ -181,13 +181,16 @@ def _bad(facts: Facts, run: Run, why_not: WhyNot) -> list[str]:
 
 def _verdict(facts: Facts, region: Region, why_not: WhyNot) -> list[str]:
     """The nodes of a region that cannot be run. A structure that repeats is looked at once, and not
-    again when a delta leaves it as it was: the answer depends on nothing else.
+    again when a delta leaves it as it was: the answer depends on it and on the ranges of its symbols.
     """
-    found = _VERDICTS.get((why_not, region.key))
+    known = {each.name: (each.min, each.max) for each in facts.graph.symbols}
+    ranges = tuple([known.get(name) for name in region.symbols])
+    key = (why_not, region.key, ranges)
+    found = _VERDICTS.get(key)
     if found is None:
         bad = why_not(facts, region)
         found = tuple(i for i, id in enumerate(region.order) if id in bad)
-        _VERDICTS[why_not, region.key] = found
+        _VERDICTS[key] = found
         while len(_VERDICTS) > VERDICTS_MAX:
             del _VERDICTS[next(iter(_VERDICTS))]
     return [region.order[i] for i in found]

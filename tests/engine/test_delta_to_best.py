@@ -1,5 +1,5 @@
 """A delta to a network of layers: the runtime has the layer that it touched again before anything else,
-and no trial has to tell one layer from many.
+and is compared by itself: no trial could tell one layer from many.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +14,9 @@ import graphopt
 from graphopt.delta import AddNode, Delta, Rewire, SetAttr
 from graphopt.engine.campaign import Campaign
 from graphopt.engine.engine import Engine
+from graphopt.executor.step_trial import StepTrial
 from graphopt.executor.switch import Switch
+from graphopt.executor.trial import TrialResult
 from graphopt.graph import Ref
 from helpers.graphs import transformer
 
@@ -80,7 +82,7 @@ def check_answers(engine: Engine) -> None:
     torch.testing.assert_close(engine.run(REQUEST).outputs, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_touched_layer_alone_is_built_and_needs_no_trial(engine: Engine, said: Said):
+def test_the_touched_layer_alone_is_built_and_compared(engine: Engine, said: Said):
     before = {overlay.step.blocks: overlay for overlay in engine.model.arrangement.overlays}
     edit(engine, 3)
     dropped = set(before) - {o.step.blocks for o in engine.model.arrangement.overlays}
@@ -92,7 +94,7 @@ def test_the_touched_layer_alone_is_built_and_needs_no_trial(engine: Engine, sai
     assert len(after) == len(before)
     first = of(said, "plan.published", 2)[0]
     assert first["cause"] == "known_cost"
-    assert "most of these regions" in first["reason"]
+    assert "its new steps take 0." in first["reason"]
     (built,) = of(said, "plan.built", 2)
     assert built["block"] in next(iter(set(after) - set(kept)))
     check_answers(engine)
@@ -106,31 +108,47 @@ def test_the_runtime_comes_before_the_fused_steps(engine: Engine, said: Said):
     check_answers(engine)
 
 
-def test_a_slower_prediction_asks_for_a_trial(
+def test_steps_that_are_no_faster_leave_the_word_to_a_trial(
     engine: Engine, said: Said, monkeypatch: pytest.MonkeyPatch
 ):
-    costs = engine.host.better.costs
-    known = costs.plan(engine.model.facts, engine.model.arrangement, {"batch": 1, "seq": 12})
-    assert known is not None  # measured when the model had settled
+    run = StepTrial.run
+    verdicts: list[str] = []
 
-    def plan(facts: Any, arrangement: Any, sizes: Any) -> Any:
-        return replace(known, seconds=known.seconds * (1 + len(arrangement.overlays)))
+    def slower(self: StepTrial, budget_s: float) -> TrialResult | None:
+        found = run(self, budget_s)
+        if found is not None:
+            verdicts.append(found.verdict)
+            found = replace(found, verdict="worse")
+        return found
 
-    monkeypatch.setattr(costs, "plan", plan)
+    monkeypatch.setattr(StepTrial, "run", slower)
     edit(engine, 3)
     assert engine.settle(SETTLED_S)
-    causes = {f["cause"] for n in ("plan.published", "plan.declined") for f in of(said, n, 2)
-              if "cause" in f}  # fmt: skip
+    assert verdicts
+    causes = [f["cause"] for name, f in said if name in ("plan.published", "plan.declined")
+              if f.get("revision") == 2 and "cause" in f]  # fmt: skip
     assert "known_cost" not in causes
     assert "trial" in causes
     check_answers(engine)
+
+
+def test_steps_that_requests_disturb_leave_the_word_to_a_trial(
+    engine: Engine, said: Said, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(StepTrial, "run", lambda self, budget_s: None)
+    monkeypatch.setattr("graphopt.engine.campaign.STEPS_S", 0.05)
+    edit(engine, 3)
+    assert engine.settle(SETTLED_S)
+    causes = {f["cause"] for name, f in said if name in ("plan.published", "plan.declined")
+              if f.get("revision") == 2 and "cause" in f}  # fmt: skip
+    assert causes == {"trial"}
 
 
 def test_what_runs_stays_chosen_when_its_new_layer_is_no_gain(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ):
     """Else each delta would leave one more layer behind: the next one asks for both again."""
-    monkeypatch.setattr("graphopt.engine.campaign.why_known", lambda *args: "")
+    monkeypatch.setattr("graphopt.engine.campaign.is_alike", lambda *args: False)
     monkeypatch.setattr("graphopt.executor.trial.FUTILE_PAIRS", 1)
     monkeypatch.setattr("graphopt.executor.trial.FUTILE_SIGMA", -100.0)
     edit(engine, 3)
@@ -139,7 +157,7 @@ def test_what_runs_stays_chosen_when_its_new_layer_is_no_gain(
     assert found is not None
     assert found.state == "chosen"
     assert len(engine.model.arrangement.overlays) == 6
-    monkeypatch.setattr("graphopt.engine.campaign.why_known", lambda *args: "forced")
+    monkeypatch.setattr("graphopt.engine.campaign.has_won", lambda *args: True)
     edit(engine, 1, 1.5)  # other regions than those that are backed off from
     assert engine.settle(SETTLED_S)
     assert len(engine.model.arrangement.overlays) == 7

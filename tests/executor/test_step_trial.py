@@ -1,0 +1,129 @@
+"""The trial of the new steps of a plan alone: what it times, what it compares, and when it gives way."""
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scripted_plans import Clock
+
+from graphopt.analysis.facts import analyse
+from graphopt.executor.build import EagerBuilder, build_plan
+from graphopt.executor.idle_trial import IdleTrial
+from graphopt.executor.plan import Plan
+from graphopt.executor.publish import Slot
+from graphopt.executor.step_trial import StepTrial, parting
+from graphopt.executor.trial import ACCEPTANCE, Trial
+from graphopt.graph import Graph, Ref
+from graphopt.types import TensorType
+from helpers.graphs import Builder
+
+LENGTH = 12
+X = {"x": torch.tensor([-1.0, 2.0])}
+
+
+def chain() -> Graph:
+    b, x = Builder(), Ref("x")
+    for i in range(LENGTH):
+        x = b.node(f"step.{i}", "relu.default", x)
+    return Graph.build("chain", b.nodes, [("x", TensorType("f32", (2,)))], [("y", x)], {})
+
+
+BASE = build_plan(analyse(chain()), 1, EagerBuilder())
+
+
+def plan(
+    clock: Clock,
+    seconds: dict[int, float],
+    runs: dict[int, Callable] | None = None,
+    base: Plan = BASE,
+) -> Plan:
+    """`base` with some steps that take so long, or do something else."""
+    steps = list(base.steps)
+    for i, took_s in seconds.items():
+        run = (runs or {}).get(i, torch.relu)
+
+        def timed(x, *_, run=run, took_s=took_s):
+            clock.now_s += took_s
+            return run(x)
+
+        steps[i] = dataclasses.replace(steps[i], function=timed)
+    return Plan(
+        base.graph, 1, tuple(steps), base.digest + 1 + len(seconds) + hash(str(seconds)) % 999
+    )
+
+
+def drive(kind: type[IdleTrial], clock: Clock, current: Plan, candidate: Plan):
+    trial = Trial(current.id, candidate.id, dataclasses.replace(ACCEPTANCE, warmup_pairs=0))
+    return kind(trial, current, candidate, [X], Slot(current, clock), clock).run()
+
+
+def layers(clock: Clock, seed: int = 0) -> Plan:
+    """Every step takes 10 ms, give or take a quarter, as on a busy host."""
+    noise = torch.Generator().manual_seed(seed)
+    current = plan(clock, {})
+
+    def busy(x, *_):
+        clock.now_s += 0.01 * float(1 + 0.5 * torch.rand(1, generator=noise))
+        return torch.relu(x)
+
+    steps = tuple(dataclasses.replace(step, function=busy) for step in current.steps)
+    return Plan(current.graph, 1, steps, current.digest + 7)
+
+
+def test_one_layer_of_twelve_is_told_where_whole_requests_say_nothing() -> None:
+    clock = Clock()
+    current = layers(clock)
+    candidate = plan(clock, {5: 0.006}, base=current)
+    result = drive(StepTrial, clock, current, candidate)
+    assert result is not None
+    assert result.verdict == "better"
+    assert result.ratio == pytest.approx(0.006 / 0.0125, rel=0.2)
+    assert result.pairs < 12
+    whole = drive(IdleTrial, clock, current, candidate)
+    assert whole is not None
+    assert whole.ratio is not None
+    assert whole.ratio > 0.9
+
+
+def test_a_new_step_that_is_slower_is_worse() -> None:
+    clock = Clock()
+    current = layers(clock)
+    result = drive(StepTrial, clock, current, plan(clock, {5: 0.03}, base=current))
+    assert result is not None
+    assert result.verdict == "worse"
+
+
+def test_new_steps_that_answer_otherwise_fail() -> None:
+    clock = Clock()
+    current = layers(clock)
+    wrong = plan(clock, {5: 0.001}, {5: lambda x: torch.relu(x) + 0.1}, base=current)
+    result = drive(StepTrial, clock, current, wrong)
+    assert result is not None
+    assert (result.verdict, "differs" in result.reason) == ("failed", True)
+
+
+def test_new_steps_that_raise_fail() -> None:
+    clock = Clock()
+    current = layers(clock)
+
+    def broken(x):
+        raise RuntimeError("no such device")
+
+    result = drive(StepTrial, clock, current, plan(clock, {5: 0.001}, {5: broken}, base=current))
+    assert result is not None
+    assert (result.verdict, "no such device" in result.reason) == ("failed", True)
+
+
+@given(st.sets(st.integers(0, LENGTH - 1)))
+def test_what_lies_outside_the_parting_is_shared(changed: set[int]) -> None:
+    clock = Clock()
+    other = plan(clock, dict.fromkeys(changed, 0.0))
+    first, last = parting(BASE.steps, other.steps)
+    assert all(BASE.steps[i] is other.steps[i] for i in range(first))
+    assert all(BASE.steps[-1 - i] is other.steps[-1 - i] for i in range(last))
+    assert (first, last) == (
+        (min(changed), LENGTH - 1 - max(changed)) if changed else (LENGTH, 0)
+    )  # fmt: skip
