@@ -4,7 +4,8 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,29 @@ def percentile(values: Sequence[float], share: float) -> float:
     """The value below which `share` (0 to 1) of `values` lie."""
     ordered = sorted(values)
     return ordered[min(int(share * len(ordered)), len(ordered) - 1)]
+
+
+def take_turns(
+    functions: Mapping[str, Callable[[], object]], rounds: int, pace: str, turn_s: float = 0.03
+) -> dict[str, list[float]]:
+    """Seconds of a call of each function, round by round, each round beginning with another one.
+
+    A turn is as many calls as the function called `pace` does in `turn_s`.
+    """
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    names = list(functions)
+    begun = time.perf_counter()
+    functions[pace]()
+    calls = max(1, round(turn_s / (time.perf_counter() - begun)))
+    for i in range(rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            run = functions[name]
+            run()  # its weights come back into the caches
+            begun = time.perf_counter()
+            for _ in range(calls):
+                run()
+            times[name].append((time.perf_counter() - begun) / calls)
+    return times
 
 
 def report(name: str, rows: Sequence[Mapping[str, Any]], **extra: Any) -> None:

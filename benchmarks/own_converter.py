@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 import graphopt
-from benchmarks.harness import report
+from benchmarks.harness import report, take_turns
 from benchmarks.paired import bounds
 from graphopt.analysis.facts import Facts, analyse
 from graphopt.executor.arrangement import Arrangement, Overlay
@@ -40,7 +40,6 @@ from graphopt.planner.layout import whole
 from graphopt.planner.proposal import supported
 from graphopt.rewrite import lower
 
-TURN_S = 0.03
 ERROR_MAX = 1e-4  # of the scale; float32 in another order
 Way = Callable[[], dict[str, Tensor]]
 
@@ -98,7 +97,7 @@ def row_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
         expected = module(*inputs.values())
         for key, way in ways.items():
             _check(f"{name} {key}", way(), expected)
-        times = _measure(ways, options.rounds)
+        times = take_turns(ways, options.rounds, pace="spliced")
     medians = {key: statistics.median(values) for key, values in times.items()}
     best = min(("live", "cut"), key=lambda key: medians[key])
     ratio = bounds([a / b for a, b in zip(times[best], times["spliced"], strict=True)])
@@ -154,23 +153,6 @@ def _check(what: str, given: Mapping[str, Tensor], expected: Tensor) -> None:
     error = float((value - expected).abs().max() / expected.abs().max())
     if not error <= ERROR_MAX:
         raise SystemExit(f"{what}: the answer differs by {error:.2g} of its scale")
-
-
-def _measure(ways: Mapping[str, Way], rounds: int) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    names = list(ways)
-    begun = time.perf_counter()
-    ways["spliced"]()
-    calls = max(1, round(TURN_S / (time.perf_counter() - begun)))
-    for i in range(rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            run = ways[name]
-            run()  # its weights come back into the caches
-            begun = time.perf_counter()
-            for _ in range(calls):
-                run()
-            times[name].append((time.perf_counter() - begun) / calls)
-    return times
 
 
 # -- networks: a module and the shape of one input without its batch

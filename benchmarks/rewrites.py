@@ -14,8 +14,7 @@ import argparse
 import json
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from safetensors.torch import save_file
 
 import graphopt
 from benchmarks import zoo
-from benchmarks.harness import report
+from benchmarks.harness import report, take_turns
 from benchmarks.paired import bounds
 from graphopt.analysis.facts import Facts, analyse
 from graphopt.analysis.regions import Region
@@ -33,7 +32,6 @@ from graphopt.executor.runs import eager_run, run_region
 from graphopt.planner.layout import whole
 from graphopt.rewrite import PASSES, Lowered, lower
 
-TURN_S = 0.03
 ERROR_MAX = 1e-4  # of the scale; float32 in another order
 RANK, ALPHA = 8, 16
 ADAPTED = ("query", "value", "q_proj", "v_proj")
@@ -78,7 +76,7 @@ def _rows(
             folder = Path(scratch) / name
             functions[name] = _built(network, facts, region, lowered, backend, options, folder)
             _check(name, functions[name](), expected)
-        times = _measure(functions, options.rounds)
+        times = take_turns(functions, options.rounds, pace="none")
     rows = []
     for name in functions:
         pairs = zip(times["none"], times[name], strict=True)
@@ -140,23 +138,6 @@ def _check(name: str, given: torch.Tensor, expected: torch.Tensor) -> None:
     error = float((given - expected).abs().max() / expected.abs().max())
     if not error <= ERROR_MAX:
         raise SystemExit(f"{name}: the answer differs by {error:.2g} of its scale")
-
-
-def _measure(functions: Mapping[str, Function], rounds: int) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    names = list(functions)
-    begun = time.perf_counter()
-    functions["none"]()
-    calls = max(1, round(TURN_S / (time.perf_counter() - begun)))
-    for i in range(rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            run = functions[name]
-            run()  # its weights come back into the caches
-            begun = time.perf_counter()
-            for _ in range(calls):
-                run()
-            times[name].append((time.perf_counter() - begun) / calls)
-    return times
 
 
 def _adapted(graph: graphopt.Graph) -> graphopt.Graph:

@@ -14,15 +14,13 @@ import pytest
 import torch
 from control_serving import Raw, Service, ctl, serving
 
-from graphopt.dims import symbol
 from graphopt.engine.builder_jobs import BuilderStatus
 from graphopt.engine.explain import explain
 from graphopt.explained import builder_line
-from graphopt.graph import Graph, Ref, Symbol
-from graphopt.types import TensorType
+from graphopt.graph import Graph
 from graphoptd.control.pinning import user_name
 from graphoptd.control.streams import too_late
-from helpers.graphs import Builder
+from helpers.graphs import relu_chain
 
 RUNTIMES = str(Path(__file__).parents[1] / "engine")  # has chain_backends
 LENGTH = 150  # relus: about 0.3 ms of Python in eager
@@ -30,13 +28,7 @@ SETTLED_S = "60"  # of a broken test; a good one takes seconds
 
 
 def chain(name: str = "chain") -> Graph:
-    b = Builder()
-    x = Ref("x")
-    for i in range(LENGTH):
-        x = b.node(f"relu.{i}", "relu.default", x)
-    type_ = TensorType("f32", (symbol("rows"), 8))
-    symbols = [Symbol("rows", 1, 64)]
-    return Graph.build(name, b.nodes, [("x", type_)], [("y", x)], {}, None, symbols)
+    return relu_chain(LENGTH, name)
 
 
 def engine(*runtimes: str) -> dict[str, Any]:

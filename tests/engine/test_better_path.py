@@ -16,16 +16,14 @@ import torch
 import graphopt
 from graphopt.builder.records import BUSY
 from graphopt.delta import AddNode, Delta, RemoveNode, Rewire, SetAttr, SetOutputs
-from graphopt.dims import symbol
 from graphopt.engine.builder_files import ScratchConstants
 from graphopt.engine.builder_link import BuilderLink, BuilderSettings
 from graphopt.engine.engine import Engine
 from graphopt.engine.improve import FusedStage
 from graphopt.engine.shelf import Shelf
 from graphopt.engine.supply import Supply
-from graphopt.graph import Graph, Node, Ref, Symbol
-from graphopt.types import TensorType
-from helpers.graphs import Builder, transformer
+from graphopt.graph import Graph, Node, Ref
+from helpers.graphs import relu_chain, transformer
 
 HERE = str(Path(__file__).parent)
 LENGTH = 150  # relus: about 0.3 ms of Python in eager
@@ -64,13 +62,7 @@ def start(said: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 
 def chain(length: int = LENGTH) -> Graph:
-    b = Builder()
-    x = Ref("x")
-    for i in range(length):
-        x = b.node(f"relu.{i}", "relu.default", x)
-    type_ = TensorType("f32", (symbol("rows"), 8))
-    symbols = [Symbol("rows", 1, 64)]
-    return Graph.build("chain", b.nodes, [("x", type_)], [("y", x)], {}, None, symbols)
+    return relu_chain(length)
 
 
 def scaled() -> Graph:

@@ -12,7 +12,6 @@ import torch
 
 import graphopt
 from graphopt.delta import AddNode, Delta, Rewire
-from graphopt.dims import symbol
 from graphopt.engine import Engine, EngineSettings, Host, ModelLimits
 from graphopt.engine.builder_link import BuilderLink
 from graphopt.engine.findings import Finding
@@ -20,9 +19,8 @@ from graphopt.engine.live import LiveModel
 from graphopt.engine.thread_budget import ThreadBudget
 from graphopt.executor.shares import Admission
 from graphopt.executor.threads import own_thread_count
-from graphopt.graph import Graph, Ref, Symbol
-from graphopt.types import TensorType
-from helpers.graphs import Builder
+from graphopt.graph import Graph, Ref
+from helpers.graphs import relu_chain
 
 HERE = str(Path(__file__).parent)
 SETTLED_S = 120.0  # of a broken test; a good one takes seconds
@@ -38,13 +36,7 @@ def own_count() -> None:
 
 
 def chain(length: int = 4) -> Graph:
-    b = Builder()
-    x = Ref("x")
-    for i in range(length):
-        x = b.node(f"relu.{i}", "relu.default", x)
-    type_ = TensorType("f32", (symbol("rows"), 8))
-    symbols = [Symbol("rows", 1, 64)]
-    return Graph.build("chain", b.nodes, [("x", type_)], [("y", x)], {}, None, symbols)
+    return relu_chain(length)
 
 
 def limits(workers: int, each: int, memory_bytes_max: int | None = None) -> ModelLimits:

@@ -98,6 +98,17 @@ def transformer(
     )
 
 
+def relu_chain(length: int, name: str = "chain") -> Graph:
+    """Relus one after the other, x[rows, 8] to y."""
+    b = Builder()
+    x = Ref("x")
+    for i in range(length):
+        x = b.node(f"relu.{i}", "relu.default", x)
+    type_ = TensorType("f32", (symbol("rows"), 8))
+    symbols = [Symbol("rows", 1, 64)]
+    return Graph.build(name, b.nodes, [("x", type_)], [("y", x)], {}, None, symbols)
+
+
 def encoder_layer(
     b: Builder, name: str, x: Ref, mask: Ref, seq: Ref, hidden: int, heads: int
 ) -> Ref:
