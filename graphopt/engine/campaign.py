@@ -366,8 +366,8 @@ class Campaign:
             for other in self.findings:
                 if other.state == "chosen" and other.label != finding.label:
                     self.findings.note(replace(other, state="replaced"))
-            if outcome.cause == "trial":  # of what was compared by its steps only these are known
-                self._means.supply.prove(finding.family, finding.structures)
+            # By a trial, or step by step: what was not proven is among the steps that were compared
+            self._means.supply.prove(finding.family, finding.structures)
 
     # -- helpers
 

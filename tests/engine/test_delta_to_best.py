@@ -169,3 +169,14 @@ def test_an_attribute_is_an_edit_like_any_other(engine: Engine, said: Said):
     assert engine.settle(SETTLED_S)
     assert len(engine.model.arrangement.overlays) == 7
     check_answers(engine)
+
+
+def test_a_layer_after_the_other_never_asks_for_a_trial(engine: Engine, said: Said):
+    """What was compared by itself is proven: there is no end of deltas after which nothing is."""
+    for layer in (0, 1, 2, 3, 4):
+        edit(engine, layer, 1.25 + layer / 8)
+        assert engine.settle(SETTLED_S)
+        assert len(engine.model.arrangement.overlays) == 7
+    back = [f for n, f in said if n == "plan.published" and f["tiers"].get("openvino") == 7]
+    assert {f["cause"] for f in back} == {"known_cost"}
+    check_answers(engine)
