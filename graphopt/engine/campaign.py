@@ -283,7 +283,9 @@ class Campaign:
         elif is_alike(facts, finding, before, keyed, proven):
             known = yield from self._compare_steps(old, new)
         runs = before is not None and before.state == "chosen" and bool(old.overlays)
-        finding = with_figures(replace(finding, state="on trial"), before)
+        chosen = self.findings.chosen
+        against = chosen.label if chosen is not None and old.overlays else ""
+        finding = with_figures(replace(finding, state="on trial", against=against), before)
         yield from self._judge(finding, old, new, known=known, runs=runs)
 
     def _compare_steps(self, old: Arrangement, new: Arrangement) -> Waiting:
@@ -404,10 +406,9 @@ class Campaign:
         that won by layers.
         """
         found, chosen = self.findings.get(plan["label"]), self.findings.chosen
-        was_replaced = found is not None and found.state == "replaced"
         is_bare = not self.model.arrangement_of(facts).overlays
-        if was_replaced and is_bare and self._is_at_hand(plan, facts):
-            return True  # a delta took the better one away
+        if is_bare and found is not None and (found.state == "replaced" or found.against):
+            return True  # a delta took away what it had lost against
         by_layers = chosen is not None and " layers" in chosen.label
         if chosen is not None and by_layers and plan["layout"] == "whole":
             is_rival = chosen.label.startswith(plan["backend"])

@@ -38,6 +38,8 @@ class Finding:
         latency_s: median of a request on it in that trial; None likewise.
         build_s: wall time of all builds it took, None when all artifacts were at hand.
         resident_bytes: memory of its artifacts beyond mapped files.
+        against: label of the way that ran when it was tried; empty for the live path alone. Once a
+            delta has taken that away, to be no gain says nothing.
         family: label of the same way of running without regard to blocks that are left out because
             deltas keep editing them; what won in one of a family counts for all.
     """
@@ -53,6 +55,7 @@ class Finding:
     latency_s: float | None = None
     build_s: float | None = None
     resident_bytes: int | None = None
+    against: str = ""
     family: str = ""
 
     def stands_for(self, blocks: Iterable[str], shapes: Iterable[str]) -> bool:

@@ -40,7 +40,9 @@ BLOCK_S, BLOCK_MAX = (
     5e-4,
     16,
 )  # or as many as take so long: a few MB of weights are in the caches then
-TRIAL_MAX_S = 4.0  # of a trial without traffic
+# Of a trial without traffic. Most end within a tenth of it, won or given up; what looks like a gain on a
+# busy host is worth the rest: otherwise it is lost until the next delta.
+TRIAL_MAX_S = 20.0
 PAIRS_MIN = 12  # with fewer only a difference of 2x could be told
 FUTILE_LOSS, FUTILE_LOSS_PAIRS = 1.05, 4  # slower than this in each of the first pairs
 FUTILE_PAIRS, FUTILE_SIGMA = 8, 1.28  # a gain worth having is 90% unlikely from so many pairs on
