@@ -5,9 +5,10 @@
 BERT-base from config at 1x128, settled, then deltas of three kinds, each to another layer: a node
 inserted, a weight matrix replaced, a LoRA adapter attached. Between the kinds it is rolled back.
 `best` is the time from the call of `apply` to the store of a plan in which the touched layer is on
-its runtime again; no client has requests meanwhile, so a core is free. Beside it the same runtime given the whole edited graph, by
-our own build and load alone, and a fresh engine on the edited graph, with no artifact at hand, to
-its first plan on a runtime (`--no-fresh` leaves it and the comparison of latencies out).
+its runtime again; no client has requests meanwhile, so a core is free. Beside it the same runtime
+given the whole edited graph, by our own build and load alone, and a fresh engine on the edited
+graph, with no artifact at hand, to its first plan on a runtime (`--no-fresh` leaves it and the
+comparison of latencies out).
 """
 
 import argparse
