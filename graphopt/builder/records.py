@@ -3,7 +3,8 @@
 A line is one JSON object. The engine's lines have `op`: `model`, `delta`, `forget`, `samples`,
 `quarantine`, `build`, `verify_fused`, `propose`, `cancel`. The builder's have `say`: `policy` (how
 it is scheduled), `ready`, `synced` (a state message was taken in), `unknown` (it could not be),
-`started`, `beat` (once a second while it works), `answer`.
+`started`, `trying` (native code that may bring it down, or nothing any more), `beat` (once a second
+while it works), `answer`.
 
 Deliberately absent: tensors. They lie in files that both sides map.
 """

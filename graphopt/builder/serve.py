@@ -14,7 +14,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from graphopt.analysis.regions import Region
 from graphopt.builder.models import ModelTable, UnknownRevisionError, Version
 from graphopt.builder.records import BUSY, CANCELLED, DONE, PROPOSE, UNKNOWN, Answer, encode_line
 from graphopt.builder.workshop import Workshop, is_same_region
+from graphopt.executor.backends.trials import TRIALS, Trial
 from graphopt.executor.threads import LoneThread
 
 QUEUE_MAX = 64  # jobs waiting; the engine sends far fewer ahead
@@ -66,6 +67,7 @@ class Server:
             "propose": self._take_job,
             "cancel": self._cancel,
         }
+        TRIALS.announce, TRIALS.evidence = self._say_trial, workshop.evidence
 
     def run(self) -> None:
         """Never returns: the process ends when the engine closes its end of the pipe, or dies."""
@@ -193,6 +195,11 @@ class Server:
         finally:
             with self._beating:
                 self._at_work = None
+
+    def _say_trial(self, trial: Trial | None) -> None:
+        assert self._at_work is not None
+        line: dict[str, Any] = {"say": "trying", "job": self._at_work[0], "trial": None}
+        self.say(line if trial is None else line | {"trial": asdict(trial)})
 
     def _propose(self, job: _Job) -> None:
         self.say({"say": "started", "job": job.id, "region": "", "weights": "", "version": ""})

@@ -41,6 +41,7 @@ from graphopt.executor.backend import (
     options_of,
     passes_of,
 )
+from graphopt.executor.backends.trials import Trial
 from graphopt.executor.build import bind_run, weight_key
 from graphopt.executor.fused import FusedBuilder
 from graphopt.executor.plan import Step
@@ -172,6 +173,12 @@ class Workshop:
         planner = import_module("graphopt.planner")
         proposal: Mapping[str, Any] = planner.propose(facts, document)
         return proposal
+
+    def evidence(self, trial: Trial) -> str | None:
+        """Why something that a backend is about to try is banned."""
+        return self.quarantined.get(
+            quarantine_key(trial.subject, trial.backend, trial.version, Options().document())
+        )
 
     def _check_quarantine(
         self, region: Region, backend: str, version: str, options: Options

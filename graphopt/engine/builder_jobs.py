@@ -108,6 +108,7 @@ class Pending:
     resent: int = 0  # because the builder lacked the revision
     deaths: int = 0  # of builders that somebody killed while it was at work
     started: Mapping[str, Any] = field(default_factory=dict)  # region, weights, version
+    trial: Mapping[str, Any] | None = None  # subject, backend, version of what is being tried
 
     def clear_folder(self) -> None:
         """Removes what a builder wrote for it. Only for one that had begun: it found the folder empty."""

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ from graphopt.builder.records import (
     BUSY,
     CANCELLED,
     CRASHED,
-    FUSED,
     HUNG,
     OFF,
     UNKNOWN,
@@ -44,12 +43,11 @@ from graphopt.engine.builder_jobs import (
     build_message,
 )
 from graphopt.engine.builder_process import BuilderProcess, exit_name, private_bytes
-from graphopt.engine.builder_quarantine import Quarantine, Quarantined, last_words
+from graphopt.engine.builder_quarantine import Quarantine, Quarantined, candidate_of, last_words
 from graphopt.engine.builder_state import BuilderState
 from graphopt.engine.builder_watch import TICK_S, BuilderWatch
 from graphopt.engine.records import EventSink, ignore_event
 from graphopt.errors import BuilderError
-from graphopt.executor.backend import Options
 from graphopt.executor.threads import LoneThread
 from graphopt.graph import Graph
 
@@ -338,6 +336,8 @@ class BuilderLink:
                     self._take_answer(line)
                 case "started":
                     self._take_start(line)
+                case "trying":
+                    self._take_trial(line)
                 case "beat":
                     self._watch.mark("silence")
                 case "synced" | "unknown":
@@ -360,9 +360,18 @@ class BuilderLink:
         self._events("builder.started", fields)
 
     def _take_start(self, line: Mapping[str, Any]) -> None:
-        self._working, self._at_work = line["job"], self._jobs.find(line["job"])
+        self._begin(line["job"])
         if self._at_work is not None:
-            self._at_work.started = line
+            self._at_work.started, self._at_work.trial = line, None
+
+    def _take_trial(self, line: Mapping[str, Any]) -> None:
+        if line["job"] != self._working:  # a backend is asked what it can run before a job starts
+            self._begin(line["job"])
+        if self._at_work is not None:
+            self._at_work.trial = line["trial"]
+
+    def _begin(self, job: int) -> None:
+        self._working, self._at_work = job, self._jobs.find(job)
         assert self._watch is not None
         self._watch.begin("job", "silence")
 
@@ -449,25 +458,22 @@ class BuilderLink:
                 self._jobs.resolve(pending, Answer(False, OFF, text))
 
     def _blame(self, job: Pending, stage: str, reason: str, number: int, words: str) -> None:
-        """Answers the job that brought a builder down, and bans its candidate."""
-        keys, message = job.started, job.message
+        """Bans what brought a builder down, and answers its job; but for one that only tried something
+        on its way, which the next builder does without.
+        """
+        assert self._quarantine is not None
+        entry = candidate_of(job, reason, number, words)
+        if entry is not None:
+            self._quarantine.add(entry)
+            self._events("builder.quarantined", asdict(entry))
+        if job.trial is not None:
+            job.trial = None
+            return
+        keys = job.started
         answer = Answer(
             False, stage, reason, keys["region"], keys["weights"], keys["version"],
             revision=job.revision,
         )  # fmt: skip
-        if message["op"] != "propose":
-            entry = Quarantined(
-                keys["region"], keys["weights"], message.get("backend", FUSED), keys["version"],
-                message.get("options", Options().document()), reason, number, words,
-            )  # fmt: skip
-            assert self._quarantine is not None
-            self._quarantine.add(entry)
-            fields = {
-                "region": entry.region, "weights": entry.weights, "backend": entry.backend,
-                "version": entry.version, "options": entry.options, "reason": reason,
-                "signal": number, "last_words": words,
-            }  # fmt: skip
-            self._events("builder.quarantined", fields)
         self._jobs.resolve(job, answer)
 
     def _show(self) -> None:

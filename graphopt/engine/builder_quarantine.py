@@ -12,7 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from graphopt.builder.records import quarantine_key
+from graphopt.builder.records import FUSED, quarantine_key
+from graphopt.engine.builder_jobs import Pending
+from graphopt.executor.backend import Options
 
 ENTRIES_MAX = 256  # oldest forgotten first; each is tried once more then
 _FILE = "quarantine.json"
@@ -21,7 +23,11 @@ _WORDS_CHARS_MAX = 2_000
 
 @dataclass(frozen=True, slots=True)
 class Quarantined:
-    """One candidate and what it did: `signal` that ended the builder (0: none), its last words."""
+    """One candidate and what it did: `signal` that ended the builder (0: none), its last words.
+
+    `region` is the key of the region it builds, or the subject of a trial
+    (`graphopt.executor.backends.trials`), whose options are the plain ones and whose weights are none.
+    """
 
     region: str
     weights: str
@@ -65,6 +71,23 @@ class Quarantine:
         with suppress(OSError):
             temporary.write_text(json.dumps([asdict(each) for each in self._entries.values()]))
             os.replace(temporary, self._path)
+
+
+def candidate_of(job: Pending, reason: str, signal: int, words: str) -> Quarantined | None:
+    """What a job was at when it brought its builder down: a backend's trial, or what it builds; None
+    for a plan, which is no candidate.
+    """
+    plain = Options().document()
+    if job.trial is not None:
+        subject, backend, version = (job.trial[name] for name in ("subject", "backend", "version"))
+        return Quarantined(subject, "", backend, version, plain, reason, signal, words)
+    keys, message = job.started, job.message
+    if message["op"] == "propose":
+        return None
+    return Quarantined(
+        keys["region"], keys["weights"], message.get("backend", FUSED), keys["version"],
+        message.get("options", plain), reason, signal, words,
+    )  # fmt: skip
 
 
 def last_words(text: str) -> str:

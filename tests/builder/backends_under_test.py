@@ -16,6 +16,9 @@ import torch
 from graphopt.analysis.facts import Facts
 from graphopt.analysis.regions import Region
 from graphopt.executor.backend import BackendMissingError, BuildError, Loaded, Options
+from graphopt.executor.backends.openvino import OpenVinoBackend
+from graphopt.executor.backends.openvino_frontend import OpenVinoFrontend
+from graphopt.executor.backends.target import Converter, OpCall
 
 
 class NumpyLinear:
@@ -78,6 +81,20 @@ class SegfaultOnLoad(NumpyLinear):
     def load(self, folder: Path, constants: Sequence[torch.Tensor], options: Options) -> Loaded:
         os.kill(os.getpid(), signal.SIGABRT)
         raise AssertionError
+
+
+class Unsound(OpenVinoFrontend):
+    """OpenVINO's frontend as it were if it could not take one op in."""
+
+    def _model(self, call: OpCall) -> Any:
+        if call.op == "aten.log1p.default":
+            ctypes.string_at(0)
+        return super()._model(call)
+
+
+class SegfaultOnTrial(OpenVinoBackend):
+    name: ClassVar[str] = "segfault-on-trial"
+    converter: ClassVar[Converter | None] = Unsound()
 
 
 class Hang(NumpyLinear):

@@ -24,7 +24,7 @@ torch.set_num_threads(1)
 HERE = Path(__file__).parent
 ANSWER_S = 60.0  # of a broken test; a good one waits for the builder to load torch at most
 NAMES = (
-    "NumpyLinear", "Gated", "Missing", "Segfault", "SegfaultOnLoad", "Hang", "Raises",
+    "NumpyLinear", "Gated", "Missing", "Segfault", "SegfaultOnLoad", "SegfaultOnTrial", "Hang", "Raises",
     "RaisesOnLoad", "Exits", "Wrong", "Greedy", "Telling",
 )  # fmt: skip
 BACKENDS = tuple(f"backends_under_test:{name}" for name in NAMES)

@@ -11,6 +11,9 @@ from pathlib import Path
 from builder.conftest import ANSWER_S, HERE, SETTINGS, Bench, MakeBench
 from graphopt.engine.builder_link import BuilderLink
 from graphopt.executor.backend import Options
+from graphopt.graph import Graph, Ref, Symbol
+from graphopt.types import TensorType
+from helpers.graphs import BATCH, Builder
 
 
 def gone(pidfd: int) -> bool:
@@ -42,6 +45,56 @@ def test_a_segfault_costs_its_candidate_alone_and_is_remembered_with_its_evidenc
     assert later.do(later.job("segfault")).stage == "quarantined"
     other = later.job("numpy", options=Options(threads=2))
     assert later.do(other).ok
+
+
+KEPT = tuple(f"relu{i}" for i in range(9))
+
+
+def odd() -> Graph:
+    """A call that `SegfaultOnTrial` cannot try, some that need no trial, and one that it can."""
+    b = Builder()
+    x = b.node("log", "log1p.default", Ref("x"))
+    for name in KEPT:
+        x = b.node(name, "relu.default", x)
+    y = b.node("glu", "glu.default", x)
+    inputs = [("x", TensorType("f32", (BATCH, 6)))]
+    return Graph.build("odd", b.nodes, inputs, [("y", y)], {}, None, [Symbol("batch", 1, 64)])
+
+
+def test_a_plan_whose_trial_segfaults_is_made_by_the_next_builder_without_that_call(
+    make_bench: MakeBench,
+) -> None:
+    bench = make_bench()
+    bench.link.revise("odd", 1, odd())
+    facts = {
+        "backends": ["segfault-on-trial"], "threads": 1, "streams": 1, "buckets": [],
+        "latency_s": None, "restless": [],
+    }  # fmt: skip
+    proposal = bench.link.propose("odd", 1, facts).result(ANSWER_S)
+    assert [region["blocks"] for region in proposal["plans"][0]["regions"]] == [[*KEPT, "glu"]]
+    assert bench.link.status().restarts == 1
+    event = bench.events.of("builder.quarantined")[0]
+    assert event["region"].startswith("aten.log1p.default ")
+    assert (event["backend"], event["signal"]) == ("openvino", signal.SIGSEGV)
+    bench.link.close()
+    later = make_bench()
+    later.link.revise("odd", 1, odd())
+    assert later.link.propose("odd", 1, facts).result(ANSWER_S) == proposal
+    assert later.link.status().restarts == 0
+
+
+def test_a_build_whose_trial_segfaults_is_answered_by_the_next_builder(
+    make_bench: MakeBench,
+) -> None:
+    bench = make_bench()
+    bench.link.revise("odd", 1, odd())
+    blocks = ("log", *KEPT, "glu")
+    answer = bench.do(bench.job("segfault-on-trial", model="odd", revision=1, blocks=blocks))
+    assert answer.stage == "unsupported"
+    ((node, reason),) = answer.unsupported
+    assert node == "log"
+    assert reason.endswith("it brought a builder down: it ended with SIGSEGV")
+    assert bench.link.status().restarts == 1
 
 
 def test_a_builder_killed_from_outside_gets_the_job_again_once(make_bench: MakeBench) -> None:

@@ -9,11 +9,12 @@ frontend sees types and never a weight.
 It gets things wrong (softplus with a beta, pools in ceil mode), and a wrong node would cost the
 whole region its proof. So each kind of call is tried once: compiled alone and compared with torch.
 
-Only the builder asks (law 5). What a conversion raises is the reason why the op is declined. Deliberately
-absent: which calls may be trusted at all (`conversion.check_exact`), and protection from a frontend
-that brings the process down, which the engine answers by starting another builder.
+Only the builder asks (law 5). What a conversion raises is the reason why the op is declined; one that
+brings the process down is known by its name (`trials`), and declined by the next builder. Deliberately
+absent: which calls may be trusted at all (`conversion.check_exact`).
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from importlib import import_module
@@ -26,6 +27,7 @@ from graphopt.dims import evaluate, product
 from graphopt.executor.backends.conversion import check_exact
 from graphopt.executor.backends.openvino_target import EXACT, TYPES, output_of
 from graphopt.executor.backends.target import DeclinedError, OpCall, Operand
+from graphopt.executor.backends.trials import TRIALS, Trial
 from graphopt.ops import Param, get_overload, get_spec
 
 VERDICTS_MAX = 512  # kept: one short text each
@@ -67,12 +69,17 @@ class OpenVinoFrontend:
     def _verdict(self, call: OpCall) -> str:
         try:
             check_exact(call)
-            self._try(call)
+            with TRIALS.trying(self._trial(call)):
+                self._try(call)
         except DeclinedError as declined:
             return str(declined)
         except Exception as error:
             return _told(error)
         return ""
+
+    def _trial(self, call: OpCall) -> Trial:
+        digest = hashlib.blake2b(repr(call).encode(), digest_size=8).hexdigest()
+        return Trial(f"{call.op} {digest}", "openvino", self._library.get_version())
 
     # -- converting
 
