@@ -278,10 +278,13 @@ def apply(graph: Graph, delta: Delta) -> Graph:
 
 
 def apply_fully(
-    graph: Graph, delta: Delta, types: Callable[[Ref], ValueType] | None = None
+    graph: Graph,
+    delta: Delta,
+    types: Callable[[Ref], ValueType] | None = None,
+    between: Callable[[], None] = lambda: None,
 ) -> Applied:
     """Like `apply`, and says what changed and what the macros expanded to. `types` answers macros
-    that ask for a value's type.
+    that ask for a value's type; `between` is called between two pieces of work.
     """
     draft = Draft(graph, types)
     expansion: list[Primitive] = []
@@ -297,7 +300,9 @@ def apply_fully(
             raise LimitError(
                 f"more than {EDITS_MAX} edits", where=f"edits[{idx}]", remedy="send several deltas"
             )
+        between()
     after = draft.finish()
+    between()
     expanded = Delta(
         expansion,
         delta.graph,

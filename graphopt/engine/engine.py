@@ -128,7 +128,7 @@ class Engine:
 
     def history(self) -> list[RevisionInfo]:
         """The last revisions, oldest first."""
-        return self.model.history()
+        return self.model.past.lines()
 
     @property
     def graph(self) -> Graph:

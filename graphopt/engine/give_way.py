@@ -5,10 +5,16 @@ each of them, and gets it when the delta beside it sleeps, not before: the reque
 delta. So after `WORK_S` of work the delta sleeps for `PAUSE_S`, which is a request or a good part of
 one. Nothing is lost where nobody is served, or where requests are long and ask for a turn rarely.
 
+A thread that wakes takes the core of the one that has run longest, even where another core is free,
+and that is a request. So from its first sleep on the delta's thread is a batch thread to the kernel
+(`SCHED_BATCH` in sched(7)): it has the same share and interrupts nobody when it wakes.
+
 Measured with `python -m benchmarks.swap_storm`; the figures are in `benchmarks/README.md`.
 """
 
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from weakref import WeakKeyDictionary
 
 from graphopt.executor.publish import Slot
@@ -28,6 +34,11 @@ def go_on() -> None:
     """Gives way to nobody."""
 
 
+def alone() -> AbstractContextManager[Between]:
+    """A delta that gives way to nobody."""
+    return nullcontext(go_on)
+
+
 class GiveWay:
     """What one writer has noticed of the requests beside it."""
 
@@ -44,22 +55,28 @@ class GiveWay:
         self._seen: WeakKeyDictionary[Slot, object] = WeakKeyDictionary()
         self._took_s: WeakKeyDictionary[Slot, float] = WeakKeyDictionary()
 
-    def start(self) -> Between:
-        """Begins a delta; the answer is to be called between the pieces of its work."""
-        left_s, since_s = PAUSES_MOST_S, self._now_s()
+    @contextmanager
+    def start(self) -> Iterator[Between]:
+        """One delta of this thread; yields what is to be called between the pieces of its work."""
+        left_s, since_s, is_batch = PAUSES_MOST_S, self._now_s(), False
 
         def between() -> None:
-            nonlocal left_s, since_s
+            nonlocal left_s, since_s, is_batch
             now_s = self._now_s()
             if now_s - since_s < WORK_S or left_s <= 0.0:
                 return
             if self._are_quick_requests():
+                is_batch = is_batch or _set_policy(os.SCHED_OTHER, os.SCHED_BATCH)
                 self._pause(PAUSE_S)
                 before_s, now_s = now_s, self._now_s()
                 left_s -= now_s - before_s
             since_s = now_s
 
-        return between
+        try:
+            yield between
+        finally:
+            if is_batch:
+                _set_policy(os.SCHED_BATCH, os.SCHED_OTHER)
 
     def _are_quick_requests(self) -> bool:
         """Whether a quick request runs, or was answered since this was asked last."""
@@ -73,3 +90,12 @@ class GiveWay:
             is_quick = self._took_s.get(slot, 0.0) < QUICK_S
             found |= is_quick and (is_new or slot.is_busy())
         return found
+
+
+def _set_policy(old: int, new: int) -> bool:
+    """Has this thread scheduled by `new` if `old` is how it is now; whether it was done."""
+    with suppress(OSError):  # a sandbox may refuse it
+        if os.sched_getscheduler(0) == old:
+            os.sched_setscheduler(0, new, os.sched_param(0))
+            return True
+    return False

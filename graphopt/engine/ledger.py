@@ -137,6 +137,7 @@ class JournalLedger:
             "summary": change.summary,
             "delta": encode_delta(expansion),
         }
+        between()
         body = json.dumps(document, separators=(",", ":"), allow_nan=False)
         between()
         with self._lock:
@@ -157,7 +158,7 @@ class JournalLedger:
                 change.answer,
             )
             try:
-                self.folder.journal.append([entry])
+                self.folder.journal.append([entry], between)
             except GraphoptError:
                 self.folder.blobs.release([blob] if blob else [])
                 raise

@@ -7,8 +7,8 @@ model as it was. One writer at a time; requests never wait for it.
 
 import json
 import threading
-from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,14 +19,15 @@ from graphopt.delta import Applied as GraphApplied
 from graphopt.delta import Delta, apply_fully, difference
 from graphopt.engine.captured import Captured
 from graphopt.engine.churn import Churn
-from graphopt.engine.give_way import Between, go_on
+from graphopt.engine.give_way import Between, alone
 from graphopt.engine.identity import delta_digest
 from graphopt.engine.interface import changes_interface, check_interface, check_outputs
-from graphopt.engine.ledger import HISTORY_LINES_MAX, Commit, Ledger, Recovered
+from graphopt.engine.ledger import Commit, Ledger, Recovered
+from graphopt.engine.past import Past
 from graphopt.engine.records import Applied, DryRun, EngineSettings, Foreseen, Result, RevisionInfo
 from graphopt.engine.shelf import Shelf
 from graphopt.engine.summary import summary_of
-from graphopt.errors import DeltaError, DuplicateDeltaError, GraphoptError, PreconditionError
+from graphopt.errors import DeltaError, GraphoptError
 from graphopt.executor.arrangement import Arrangement
 from graphopt.executor.build import EagerBuilder, bind_run, build_plan, replan, weight_key
 from graphopt.executor.guard import Hysteresis
@@ -37,7 +38,6 @@ from graphopt.executor.samples import sample_inputs
 from graphopt.executor.shares import Share
 from graphopt.executor.switch import Switch
 from graphopt.graph import Graph
-from graphopt.limits import REVISIONS_KEPT_MAX
 
 SWITCH_DWELL_S = 2.0  # a plan stays at least so long: about a hundred requests of a model of 20 ms
 
@@ -77,8 +77,8 @@ class LiveModel:
         budget = settings.limits(name).budget
         self.share = Share(budget.workers, budget.each)  # of the executor threads
         self.ledger = ledger
-        self._graphs = recovered.graphs
-        revision, graph = next(reversed(recovered.graphs.items()))
+        self.past = Past(name, recovered, ledger)
+        revision, graph = self.past.newest()
         self.facts = analyse(graph)
         check_outputs(self.facts)
         self.captured = Captured()
@@ -89,10 +89,9 @@ class LiveModel:
         self._improve = improve
         self.attend: Callable[[], None] = _nobody  # has the switch looked after, soon
         self.foresee: Foresee = _nothing
-        self.give_way: Callable[[], Between] = lambda: go_on
+        self.give_way: Callable[[], AbstractContextManager[Between]] = alone
         self._writing = threading.RLock()
         self._unproven = set(self.facts.regions)  # blocks the better path has not looked at
-        self._history: deque[RevisionInfo] = deque(recovered.history, maxlen=HISTORY_LINES_MAX)
         base = build_plan(self.facts, revision, self.live_step)
         # Of every plan that has a role in the slot
         self._known: tuple[Arrangement, ...] = (Arrangement.of(base),)
@@ -199,11 +198,12 @@ class LiveModel:
         """
         start_s = self._clocks.monotonic_s()
         with self._writing:
-            known = self._find_repeat(delta)
+            known = self.past.find_repeat(delta)
             if known is not None:
                 return known
             try:
-                return self._apply(delta, kind, summary, start_s)
+                with self.give_way() as between:
+                    return self._apply(delta, kind, summary, start_s, between)
             except GraphoptError as error:
                 self.settings.events(
                     "delta.rejected",
@@ -219,8 +219,8 @@ class LiveModel:
 
     def dry_run(self, delta: Delta) -> DryRun:
         """What `apply` would do; raises what it would raise."""
-        with self._writing:
-            applied, new = self._next(delta, self.give_way())
+        with self._writing, self.give_way() as between:
+            applied, new = self._next(delta, between)
             facts, old = self.facts, self.arrangement
         graph = applied.graph
         after, _ = old.after(new, old.plan.revision + 1, self.live_step)
@@ -246,36 +246,17 @@ class LiveModel:
 
         PreconditionError when it is not kept any more.
         """
-        target = self.graph_at(revision)
+        target = self.past.graph_at(revision)
         with self._writing:
             delta = difference(self.graph, target)
             allowed = Delta(delta.edits, allow_interface_change=True)
             return self.apply(allowed, "rollback", f"rollback to revision {revision}")
-
-    def graph_at(self, revision: int) -> Graph:
-        """The graph of a revision, from memory or replayed from the journal.
-
-        PreconditionError when neither reaches so far back.
-        """
-        graph = self._graphs.get(revision) or self.ledger.graph_at(self.name, revision)
-        if graph is None:
-            kept = list(self._graphs)
-            raise PreconditionError(
-                f"revision {revision} is not kept",
-                where=self.name,
-                remedy=f"kept are {kept[0]} to {kept[-1]}",
-            )
-        return graph
 
     def snapshot(self, write: Callable[[str, Graph, int], None]) -> None:
         """Calls `write(name, graph, revision)` with a consistent pair."""
         with self._writing:
             graph, revision = self.graph, self.revision
         write(self.name, graph, revision)
-
-    def history(self) -> list[RevisionInfo]:
-        """The last revisions, oldest first."""
-        return list(self._history)
 
     # -- plans
 
@@ -383,21 +364,6 @@ class LiveModel:
 
     # -- helpers
 
-    def _find_repeat(self, delta: Delta) -> Applied | None:
-        if delta.id is None:
-            return None
-        digest = delta_digest(delta)
-        known = self.ledger.find(self.name, delta.id)
-        if known is None:
-            return None
-        if known[0] != digest:
-            raise DuplicateDeltaError(
-                f"delta id {delta.id!r} was used before for another delta",
-                where="id",
-                remedy="give this delta an id of its own",
-            )
-        return Applied(**json.loads(known[1]))
-
     def _next(self, delta: Delta, between: Between) -> tuple[GraphApplied, Update]:
         if delta.graph is not None and delta.graph != self.name:
             raise DeltaError(
@@ -407,7 +373,7 @@ class LiveModel:
             )
         delta.check_revision(self.revision)
         facts = self.facts
-        applied = apply_fully(facts.graph, delta, facts.type_of)
+        applied = apply_fully(facts.graph, delta, facts.type_of, between)
         between()
         new = update(facts, applied.graph, applied.change, between)
         between()
@@ -420,8 +386,9 @@ class LiveModel:
             check_facts(new.facts)
         return applied, new
 
-    def _apply(self, delta: Delta, kind: str, summary: str, start_s: float) -> Applied:
-        between = self.give_way()
+    def _apply(
+        self, delta: Delta, kind: str, summary: str, start_s: float, between: Between
+    ) -> Applied:
         applied, new = self._next(delta, between)
         revision = self.revision + 1
         old = self.arrangement
@@ -431,6 +398,7 @@ class LiveModel:
             return self.live_step(facts, block)
 
         arrangement, replanned = old.after(new, revision, make)
+        between()
         answer = Applied(
             revision,
             len(applied.change.nodes | applied.change.removed),
@@ -448,7 +416,7 @@ class LiveModel:
         plan = self._publish(old, arrangement, new)
         live_s = self._clocks.monotonic_s() - start_s
         between()
-        self._history.append(
+        self.past.note(
             RevisionInfo(revision, kind, text, delta.id, applied.graph.hash, self._clocks.wall_s())
         )
         done = replace(answer, live_s=live_s)
@@ -479,9 +447,7 @@ class LiveModel:
         self._keep_roles()  # a trial of the old revision publishes nothing any more
         self._unproven |= _replanned(new)
         self._unproven.update(block for block in uncovered if block in new.facts.regions)
-        self._graphs[arrangement.plan.revision] = new.facts.graph
-        while len(self._graphs) > REVISIONS_KEPT_MAX:
-            self._graphs.popitem(last=False)
+        self.past.keep(arrangement.plan.revision, new.facts.graph)
         return arrangement.plan
 
 

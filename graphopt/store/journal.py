@@ -116,8 +116,12 @@ class Journal:
             raise
         self._witness.write(self._head)
 
-    def append(self, entries: Sequence[Entry]) -> list[int]:
+    def append(
+        self, entries: Sequence[Entry], between: Callable[[], None] = lambda: None
+    ) -> list[int]:
         """Commit `entries` in one transaction and return their sequence numbers; durable on return.
+
+        `between` is called between two pieces of work, never inside the transaction.
 
         Raises:
             DuplicateDeltaError: A delta id is remembered already (ask `find_delta` first).
@@ -138,10 +142,13 @@ class Journal:
             if self._wal_bytes > WAL_BYTES_MAX:
                 self._checkpoint()
             with self._blobs.pinned(set(digests)):
+                between()
                 rows = self._sealed(entries)
+                between()
                 if rows:
                     with self._database.transaction():
                         self._database.insert(rows)
+                    between()
                     self._advance(rows)
                     self._blobs.settle(digests, self._head.seq)
         return [row[0] for row in rows]

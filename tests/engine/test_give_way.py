@@ -1,5 +1,6 @@
 """When a delta sleeps for the requests beside it, and when it does not."""
 
+import os
 import time as real_time
 from collections.abc import Callable
 
@@ -12,6 +13,7 @@ from graphopt.engine import Host, LiveModel
 from graphopt.engine.give_way import PAUSE_S, PAUSES_MOST_S, QUICK_S, WORK_S, GiveWay
 from graphopt.engine.live import Clocks
 from graphopt.engine.records import EngineSettings
+from graphopt.errors import GraphoptError
 from graphopt.executor.build import EagerBuilder, build_plan
 from graphopt.executor.publish import Slot
 from graphopt.graph import Graph, Ref
@@ -58,54 +60,73 @@ def serve(slot: Slot, took_s: float = 1e-3) -> None:
 
 
 def test_nobody_is_waited_for_where_nobody_is_served(time: Time, slot: Slot) -> None:
-    between = GiveWay(lambda: [slot], time.monotonic_s, time.pause).start()
-    for _ in range(10):
-        time.now_s += WORK_S
-        between()
-    assert time.slept_s == []
+    with GiveWay(lambda: [slot], time.monotonic_s, time.pause).start() as between:
+        for _ in range(10):
+            time.now_s += WORK_S
+            between()
+        assert time.slept_s == []
 
 
 def test_each_stretch_of_work_beside_quick_requests_ends_in_a_pause(time: Time, slot: Slot) -> None:
-    between = GiveWay(lambda: [slot], time.monotonic_s, time.pause).start()
-    for _ in range(3):
-        serve(slot)
-        time.now_s += WORK_S * 0.4
-        between()  # too early
-        time.now_s += WORK_S * 0.7
-        between()
-    assert time.slept_s == [PAUSE_S] * 3
-    time.now_s += WORK_S
-    between()  # nobody came meanwhile
-    assert time.slept_s == [PAUSE_S] * 3
+    with GiveWay(lambda: [slot], time.monotonic_s, time.pause).start() as between:
+        for _ in range(3):
+            serve(slot)
+            time.now_s += WORK_S * 0.4
+            between()  # too early
+            time.now_s += WORK_S * 0.7
+            between()
+        assert time.slept_s == [PAUSE_S] * 3
+        time.now_s += WORK_S
+        between()  # nobody came meanwhile
+        assert time.slept_s == [PAUSE_S] * 3
 
 
 def test_a_delta_has_to_be_live_some_time(time: Time, slot: Slot) -> None:
     way = GiveWay(lambda: [slot], time.monotonic_s, time.pause)
     for _ in range(2):
         time.slept_s.clear()
-        between = way.start()
-        for _ in range(1000):
-            serve(slot)
-            time.now_s += WORK_S
-            between()
+        with way.start() as between:
+            for _ in range(1000):
+                serve(slot)
+                time.now_s += WORK_S
+                between()
         assert sum(time.slept_s) == pytest.approx(PAUSES_MOST_S, abs=PAUSE_S)
 
 
 def test_long_requests_are_no_reason(time: Time, slot: Slot) -> None:
-    between = GiveWay(lambda: [slot], time.monotonic_s, time.pause).start()
-    serve(slot, QUICK_S)
-    time.now_s += WORK_S
-    between()
-    assert time.slept_s == []
+    with GiveWay(lambda: [slot], time.monotonic_s, time.pause).start() as between:
+        serve(slot, QUICK_S)
+        time.now_s += WORK_S
+        between()
+        assert time.slept_s == []
+
+
+def test_a_delta_that_gives_way_interrupts_nobody_when_it_wakes(time: Time, slot: Slot) -> None:
+    before, way = os.sched_getscheduler(0), GiveWay(lambda: [slot], time.monotonic_s, time.pause)
+
+    def refused() -> None:
+        with way.start() as between:
+            time.now_s += WORK_S
+            between()
+            assert os.sched_getscheduler(0) == before
+            serve(slot)
+            time.now_s += WORK_S
+            between()
+            assert os.sched_getscheduler(0) == os.SCHED_BATCH
+            raise GraphoptError("refused")
+
+    with pytest.raises(GraphoptError):
+        refused()
+    assert os.sched_getscheduler(0) == before == os.SCHED_OTHER
 
 
 def test_requests_of_another_model_count(time: Time, slot: Slot) -> None:
     other = Slot(slot.plan)
-    between = GiveWay(lambda: [other, slot], time.monotonic_s, time.pause).start()
-    serve(slot)
-    time.now_s += WORK_S
-    between()
-    assert time.slept_s == [PAUSE_S]
+    with GiveWay(lambda: [other, slot], time.monotonic_s, time.pause).start() as between:
+        serve(slot)
+        time.now_s += WORK_S
+        between()
+        assert time.slept_s == [PAUSE_S]
 
 
 @pytest.mark.parametrize("work", [LiveModel.apply, LiveModel.dry_run])

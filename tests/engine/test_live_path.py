@@ -390,7 +390,7 @@ def test_what_was_acknowledged_is_live_again_after_a_restart(
 def test_a_revision_no_longer_in_memory_is_replayed_from_the_journal(
     engine: graphopt.Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("graphopt.engine.live.REVISIONS_KEPT_MAX", 3)
+    monkeypatch.setattr("graphopt.engine.past.REVISIONS_KEPT_MAX", 3)
     weight, digest = first_constant(engine.graph), engine.graph.hash
     before = ask(engine)
     for i in range(6):

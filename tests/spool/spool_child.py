@@ -35,7 +35,7 @@ def main() -> None:
         (spool.path / name).mkdir(exist_ok=True)
     spool.rescan()
     model = host.get("transformer")
-    puts = [line.summary for line in model.history() if line.kind == "delta"]
+    puts = [line.summary for line in model.past.lines() if line.kind == "delta"]
     sys.stdout.write(f"done {model.revision} {len(puts)}\n")
     host.close()
 

@@ -133,7 +133,7 @@ async def rollback(task: Task, params: RollbackParams) -> Answer:
     """Makes a new revision that equals an old one."""
     try:
         model = task.find(params.model)
-        model.graph_at(params.revision)  # the engine looks again, under its lock
+        model.past.graph_at(params.revision)  # the engine looks again, under its lock
     except GraphoptError as error:
         _log_rejected(task, params.model or "", None, error, False)
         raise

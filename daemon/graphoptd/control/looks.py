@@ -182,7 +182,7 @@ async def show(task: Task, params: ShowParams) -> Answer:
 async def history(task: Task, params: ModelParams) -> Answer:
     """The last revisions, oldest first."""
     model = task.find(params.model)
-    lines = [asdict(line) for line in model.history()]
+    lines = [asdict(line) for line in model.past.lines()]
     return Answer({"model": model.name, "history": lines}, rows="history")
 
 
@@ -197,7 +197,7 @@ async def explain(task: Task, params: ModelParams) -> Answer:
 async def diff(task: Task, params: DiffParams) -> Answer:
     """What differs between two revisions: counts, lines of the text form, a delta, the plan there."""
     model = task.find(params.model)
-    old, new = model.graph_at(params.from_revision), model.graph_at(params.to_revision)
+    old, new = model.past.graph_at(params.from_revision), model.past.graph_at(params.to_revision)
     lines = await task.lanes.look.run(lambda: list(difference_lines(old, new)))
     edits = await task.lanes.look.run(lambda: encode_delta(difference(old, new))["edits"])
     found = {
