@@ -3,35 +3,43 @@ mixture, nothing leaks.
 
 A delta sets one of a few scales, so the right answer of every revision is known beforehand: each
 answer is compared with the answer of its own revision, bitwise when its plan is the one the
-expectation was computed on, within TOLERANCE of the reference otherwise. Requests that overlap a
-swap are compared with the same clients undisturbed, in the same run: with all of their requests, and
-with those that overlap moments drawn as the swaps were. A long request overlaps more moments than a
-short one, so the second is what swaps that cost nothing would show.
+expectation was computed on, within TOLERANCE of the reference otherwise. Spells of deltas alternate
+with spells of the same clients undisturbed, because a shared host is twice as slow in one second as in
+the next: what a swap costs is the median over rounds of what requests that overlap one take over the
+calm ones of their round. A long request overlaps more moments than a short one, so the calm ones are
+also those that overlap moments drawn as the swaps were, which is what swaps that cost nothing would
+show.
 
-    python -m benchmarks.swap_storm [--deltas 10000] [--clients 4]
+    python -m benchmarks.swap_storm [--deltas 10000] [--clients 4] [--rounds 40]
 """
 
 import argparse
 import gc
-import statistics
 import sys
 import tempfile
 import threading
 import time
 import weakref
 from array import array
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 import graphopt
 from benchmarks.harness import percentile, report, rss_bytes
+from benchmarks.paired import bounds
 from graphopt.executor.plan import Plan
 
 VARIANTS = 8
 TOLERANCE = 1e-5  # of an output of order 1, fused against eager
-UNDISTURBED_S = 10.0
 SETTLE_S = 120.0
+CALM_S = 2.0
+BETWEEN_S = (
+    3.0  # for what the last deltas left to do; more of it would leave the block restless no more
+)
 
 
 @dataclass
@@ -66,8 +74,15 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--deltas", type=int, default=10_000)
     parser.add_argument("--clients", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--per-second", type=float, default=0.0, help="deltas; 0: back to back")
     parser.add_argument("--switch-interval-us", type=float, default=5000.0, help="of the GIL")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=2,
+        help="requests at once, each on one CPU; 2 as for throughput",
+    )
     options = parser.parse_args()
     sys.setswitchinterval(options.switch_interval_us / 1e6)
     torch.set_num_threads(1)
@@ -76,124 +91,162 @@ def main() -> None:
     plans: weakref.WeakSet[Plan] = weakref.WeakSet()
     with (
         tempfile.TemporaryDirectory() as state,
-        graphopt.Engine(graph, graphopt.EngineSettings(intra_op=1), state_dir=state) as engine,
+        graphopt.Engine(
+            graph, graphopt.EngineSettings(options.threads, intra_op=1), state_dir=state
+        ) as engine,
     ):
-        row = storm(engine, options.deltas, options.clients, options.per_second, plans)
+        storm = Storm(engine, options.clients, options.per_second, plans)
+        for _ in range(options.rounds):
+            storm.round(options.deltas // options.rounds)
+        row = {"threads": options.threads, **storm.row()}
     report("swap_storm", [row])
 
 
-def storm(
-    engine: graphopt.Engine,
-    n_deltas: int,
-    n_clients: int,
-    per_second: float,
-    plans: "weakref.WeakSet[Plan]",
-) -> dict[str, float]:
-    """Expectations, an undisturbed spell, the storm."""
-    node = next(id for id, n in engine.graph.nodes.items() if n.op == "aten.mul.Tensor")
-    inputs = {engine.graph.inputs[0][0]: torch.randn(8, 256)}
-    name = engine.graph.outputs[0][0]
-    expected = {}
-    for variant in range(VARIANTS):
-        engine.apply(_delta(node, variant))
-        expected[variant] = engine.run(inputs).outputs[name].clone()
-    variant_of = {engine.revision: VARIANTS - 1}
-    engine.settle(SETTLE_S)  # else the undisturbed spell is that of a worse plan
-    quiet = _spell(
-        engine, inputs, name, expected, variant_of, n_clients, lambda: time.sleep(UNDISTURBED_S)
-    )
-    publishes: list[float] = []
-    swaps: list[tuple[float, float]] = []
-    rss: list[int] = []
-    live_max = 0
+class Storm:
+    """Rounds of a calm spell and one of deltas on one engine, and what they showed."""
 
-    def swap_all() -> None:
-        nonlocal live_max
-        for i in range(n_deltas):
-            variant_of[engine.revision + 1] = i % VARIANTS
-            start = time.perf_counter()
-            engine.apply(_delta(node, i % VARIANTS))
-            swaps.append((start, time.perf_counter()))
-            publishes.append(engine.model.slot.publish_s)
-            plans.add(engine.model.slot.plan)
-            if per_second:
-                time.sleep(max(0.0, start + 1 / per_second - time.perf_counter()))
-            if i % 500 == 0:
-                live_max = max(live_max, len(plans))
-                rss.append(rss_bytes())
+    def __init__(
+        self,
+        engine: graphopt.Engine,
+        clients: int,
+        per_second: float,
+        plans: "weakref.WeakSet[Plan]",
+    ) -> None:
+        """Learns the right answers and waits for the best plan, else calm spells are those of a worse one."""
+        self._engine, self._clients, self._per_second, self._plans = (
+            engine, clients, per_second, plans
+        )  # fmt: skip
+        self._node = next(id for id, n in engine.graph.nodes.items() if n.op == "aten.mul.Tensor")
+        self._inputs = {engine.graph.inputs[0][0]: torch.randn(8, 256)}
+        self._output = engine.graph.outputs[0][0]
+        self._first = engine.revision + 1
+        self._right: list[torch.Tensor] = []
+        for _ in range(VARIANTS):
+            self._apply()
+            self._right.append(engine.run(self._inputs).outputs[self._output].clone())
+        engine.settle(SETTLE_S)
+        # Flat: what is noted must not look like a leak
+        self._calm, self._drawn, self._over = array("d"), array("d"), array("d")
+        self._swaps, self._publish_s = array("d"), array("d")
+        self._costs: list[dict[str, float]] = []
+        self._rss = array("q")
+        self._alive_max = 0
+        self._totals: Counter[str] = Counter()
+        self._stormy_s = 0.0
 
-    stormy = _spell(engine, inputs, name, expected, variant_of, n_clients, swap_all)
-    engine.settle(60)
-    gc.collect()
-    overlapped = _overlapping(stormy, swaps)
-    as_drawn = _overlapping(quiet, _moved(swaps, min(t.starts[0] for t in quiet), UNDISTURBED_S))
-    calm = [
-        end - start for tally in quiet for start, end in zip(tally.starts, tally.ends, strict=True)
-    ]
-    return {
-        "deltas": n_deltas,
-        "per_second": per_second or n_deltas / (swaps[-1][1] - swaps[0][0]),
-        "switch_us": sys.getswitchinterval() * 1e6,
-        "answers": sum(len(t.ends) for t in stormy),
-        "failed": sum(t.failed for t in stormy),
-        "wrong": sum(t.wrong for t in stormy),
-        "bitwise": sum(t.bitwise for t in stormy),
-        "within_tolerance": sum(t.within for t in stormy),
-        "calm_p50_ms": statistics.median(calm) * 1e3,
-        "calm_p99_ms": percentile(calm, 0.99) * 1e3,
-        "calm_as_drawn_p99_ms": percentile(as_drawn, 0.99) * 1e3,
-        "overlap_p50_ms": statistics.median(overlapped) * 1e3,
-        "overlap_p99_ms": percentile(overlapped, 0.99) * 1e3,
-        "publish_p50_us": statistics.median(publishes) * 1e6,
-        "publish_p99_us": percentile(publishes, 0.99) * 1e6,
-        "publish_max_us": max(publishes) * 1e6,
-        "live_p50_ms": statistics.median(e - s for s, e in swaps) * 1e3,
-        "rss_growth_mb": (rss[-1] - rss[len(rss) // 10]) / 1e6,
-        "plans_alive_max": live_max,
-        "plans_alive_after": len(plans),
-    }
+    def round(self, deltas: int) -> None:
+        """A calm spell and one of `deltas`."""
+        self._engine.settle(BETWEEN_S)
+        calm = self._spell(lambda: time.sleep(CALM_S))
+        swaps: list[tuple[float, float]] = []
 
+        def swap_all() -> None:
+            for _ in range(deltas):
+                start_s = time.perf_counter()
+                self._apply()
+                swaps.append((start_s, time.perf_counter()))
+                self._publish_s.append(self._engine.model.slot.publish_s)
+                self._plans.add(self._engine.model.slot.plan)
+                self._alive_max = max(self._alive_max, len(self._plans))
+                if self._per_second:
+                    due_s = start_s + 1 / self._per_second
+                    time.sleep(max(0.0, due_s - time.perf_counter()))
 
-def _delta(node: str, variant: int) -> graphopt.Delta:
-    return graphopt.Delta([graphopt.SetAttr(node, "other", 0.5 + variant / 64)])
-
-
-def _spell(engine, inputs, name, expected, variant_of, n_clients, work) -> list[Tally]:  # type: ignore[no-untyped-def]
-    stop = threading.Event()
-    tallies = [Tally() for _ in range(n_clients)]
-    clients = [
-        threading.Thread(
-            target=_client, args=(engine, inputs, name, expected, variant_of, stop, tally)
+        stormy = self._spell(swap_all)
+        drawn = _overlapping(calm, _moved(swaps, min(t.starts[0] for t in calm), CALM_S))
+        over = _overlapping(stormy, swaps)
+        plain = [e - s for tally in calm for s, e in zip(tally.starts, tally.ends, strict=True)]
+        for kept, values in ((self._calm, plain), (self._drawn, drawn), (self._over, over)):
+            kept.extend(values)
+        self._swaps.extend(end - start for start, end in swaps)
+        noted = (self._calm, self._drawn, self._over, self._swaps, self._publish_s)
+        self._rss.append(rss_bytes() - sum(8 * len(each) for each in noted))
+        self._stormy_s += swaps[-1][1] - swaps[0][0]
+        p50, p99 = (percentile(over, q) * 1e3 for q in (0.5, 0.99))
+        self._costs.append(
+            {
+                "p50": p50 - percentile(plain, 0.5) * 1e3,
+                "p99": p99 - percentile(plain, 0.99) * 1e3,
+                "drawn p99": p99 - percentile(drawn, 0.99) * 1e3,
+            }
         )
-        for tally in tallies
-    ]
-    for client in clients:
-        client.start()
-    work()
-    stop.set()
-    for client in clients:
-        client.join()
-    return tallies
+        for tally in (*calm, *stormy):
+            for name in ("failed", "wrong", "bitwise", "within"):
+                self._totals[name] += getattr(tally, name)
 
+    def row(self) -> dict[str, Any]:
+        """What came of it."""
+        self._engine.settle(SETTLE_S)
+        gc.collect()
+        p50, p99, drawn = (
+            bounds([cost[name] for cost in self._costs]) for name in ("p50", "p99", "drawn p99")
+        )
+        early = self._rss[len(self._rss) // 10]
+        return {
+            "deltas": len(self._swaps),
+            "per_second": len(self._swaps) / self._stormy_s,
+            "switch_us": sys.getswitchinterval() * 1e6,
+            "answers": sum(self._totals.values()) - self._totals["failed"],
+            **self._totals,
+            "calm_p50_ms": percentile(self._calm, 0.5) * 1e3,
+            "calm_p99_ms": percentile(self._calm, 0.99) * 1e3,
+            "drawn_p99_ms": percentile(self._drawn, 0.99) * 1e3,
+            "overlap_p50_ms": percentile(self._over, 0.5) * 1e3,
+            "overlap_p99_ms": percentile(self._over, 0.99) * 1e3,
+            "over_calm_p50_ms": p50.median,
+            "over_calm_p99_ms": p99.median,
+            "over_calm_p99_low_ms": p99.low,
+            "over_calm_p99_high_ms": p99.high,
+            "over_drawn_p99_ms": drawn.median,
+            "publish_p50_us": percentile(self._publish_s, 0.5) * 1e6,
+            "publish_max_us": max(self._publish_s) * 1e6,
+            "live_p50_ms": percentile(self._swaps, 0.5) * 1e3,
+            "rss_growth_mb": (self._rss[-1] - early) / 1e6,
+            "plans_alive_max": self._alive_max,
+            "plans_alive_after": len(self._plans),
+            "costs": self._costs,
+        }
 
-def _client(engine, inputs, name, expected, variant_of, stop, tally) -> None:  # type: ignore[no-untyped-def]
-    torch.set_num_threads(1)
-    while not stop.is_set():
-        start = time.perf_counter()
-        try:
-            result = engine.run(inputs)
-        except graphopt.GraphoptError:
-            tally.failed += 1
-            continue
-        tally.starts.append(start)
-        tally.ends.append(time.perf_counter())
-        wanted = expected[variant_of[result.revision]]
-        if torch.equal(result.outputs[name], wanted):
-            tally.bitwise += 1
-        elif torch.allclose(result.outputs[name], wanted, rtol=TOLERANCE, atol=TOLERANCE):
-            tally.within += 1
-        else:
-            tally.wrong += 1
+    def _apply(self) -> None:
+        scale = 0.5 + self._variant(self._engine.revision + 1) / 64
+        self._engine.apply(graphopt.Delta([graphopt.SetAttr(self._node, "other", scale)]))
+
+    def _variant(self, revision: int) -> int:
+        return (revision - self._first) % VARIANTS
+
+    def _spell(self, work: Callable[[], None]) -> list[Tally]:
+        stop = threading.Event()
+        tallies = [Tally() for _ in range(self._clients)]
+        clients = [threading.Thread(target=self._client, args=(stop, each)) for each in tallies]
+        for client in clients:
+            client.start()
+        work()
+        stop.set()
+        for client in clients:
+            client.join()
+        return tallies
+
+    def _client(self, stop: threading.Event, tally: Tally) -> None:
+        torch.set_num_threads(1)
+        while not stop.is_set():
+            start_s = time.perf_counter()
+            try:
+                result = self._engine.run(self._inputs)
+            except graphopt.GraphoptError:
+                tally.failed += 1
+                continue
+            tally.starts.append(start_s)
+            tally.ends.append(time.perf_counter())
+            answer, right = (
+                result.outputs[self._output],
+                self._right[self._variant(result.revision)],
+            )
+            if torch.equal(answer, right):
+                tally.bitwise += 1
+            elif torch.allclose(answer, right, rtol=TOLERANCE, atol=TOLERANCE):
+                tally.within += 1
+            else:
+                tally.wrong += 1
 
 
 def _moved(

@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 
 from graphopt.executor.publish import Slot
 
-WORK_S = 100e-6  # a stretch: what a request that comes in between waits for
+WORK_S = 150e-6  # a stretch: what a request that comes in between waits for
 PAUSE_S = (
     500e-6  # a quick request, or a good part of one; shorter ones are mostly spent on waking up
 )
