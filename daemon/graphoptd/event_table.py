@@ -308,7 +308,7 @@ EVENTS: Mapping[str, Event] = _events(
     (
         "builder.quarantined",
         "warning",
-        "a candidate brought the builder down and is not tried again",
+        "a candidate, or a call tried while planning, brought the builder down and is not tried again",
         "region backend version options reason",
         "signal last_words",
     ),
