@@ -2,9 +2,10 @@
 
 A *layer* is what a network repeats. It begins at its anchor, the repeated block that makes up most
 of the graph (in a transformer that is the attention), and lasts to the next one. An edit inside a
-layer changes that layer's run alone, because the others keep their anchors; an edit of an anchor
-joins its layer with the one before. Where what follows the last layer reads a few of its rows alone,
-the two are one run: a region is rewritten by itself, so only together do they leave out the others.
+layer changes that layer's run alone, because the others keep their anchors; a layer whose anchor was
+edited is known by the rest of it, or by the layer before it. Where what follows the last layer reads a
+few of its rows alone, the two are one run: a region is rewritten by itself, so only together do they
+leave out the others.
 
 Deliberately absent: parts of blocks. A cut that more than one value crosses costs more than it
 gains at the sizes where layers pay.
@@ -22,6 +23,8 @@ from graphopt.rewrite.rows import narrowed
 LAYERS_MIN = 3  # fewer repetitions are no pattern
 NODES_MIN = 2  # a call into a runtime costs more than one op
 CUT_NODES_MIN = 8  # what a cut leaves over is worth a region of its own only from this size on
+REST_NODES_MIN = 4  # of a layer beside its anchor, to know it by them; fewer are met anywhere
+EDITED_MAX = 2  # an edited anchor has grown or shrunk by one in so many of its nodes, at most
 AROUND_MIN = 0.5  # of the nodes: with fewer left of it, a layout around edits is none
 
 Run = tuple[str, ...]
@@ -51,10 +54,9 @@ def layers(facts: Facts) -> list[Run]:
     """
     blocks = chain(facts)
     keys = [facts.regions[block].key for block in blocks]
-    anchor = _anchor(facts, blocks)
-    if anchor is None:
+    starts = _starts(facts, blocks)
+    if not starts:
         return []
-    starts = [i for i, key in enumerate(keys) if key == anchor]
     bounds = {whole_run(facts, blocks, i) for i in (*starts, _end_of_last(keys, starts))}
     runs = [blocks[a:b] for a, b in pairwise(sorted({0, *bounds, len(blocks)}))]
     last = (*runs[-2], *runs[-1])
@@ -109,17 +111,40 @@ def node_count(facts: Facts, run: Iterable[str]) -> int:
 
 def layer_count(facts: Facts) -> int:
     """How many layers `layers` finds."""
-    blocks = chain(facts)
-    anchor = _anchor(facts, blocks)
-    return sum(facts.regions[block].key == anchor for block in blocks)
+    return len(_starts(facts, chain(facts)))
 
 
-def _anchor(facts: Facts, blocks: Run) -> str | None:
-    """The key of the block at which layers begin; of equals the first in the order of the graph."""
-    counts = Counter(facts.regions[block].key for block in blocks)
-    nodes = {facts.regions[block].key: len(facts.regions[block].order) for block in blocks}
+def _starts(facts: Facts, blocks: Run) -> list[int]:
+    """Where layers begin: at the anchors, of which the first of equals in the order of the graph is
+    taken, and at blocks of about their size that stand where an anchor would.
+    """
+    keys = [facts.regions[block].key for block in blocks]
+    sizes = [len(facts.regions[block].order) for block in blocks]
+    counts, nodes = Counter(keys), dict(zip(keys, sizes, strict=True))
     repeated = [key for key, count in counts.items() if count >= LAYERS_MIN]
-    return max(repeated, key=lambda key: counts[key] * nodes[key], default=None)
+    anchor = max(repeated, key=lambda key: counts[key] * nodes[key], default=None)
+    if anchor is None:
+        return []
+    found = [i for i, key in enumerate(keys) if key == anchor]
+
+    def is_like_anchor(key: str) -> bool:
+        return abs(nodes[key] - nodes[anchor]) * EDITED_MAX <= nodes[anchor]
+
+    rest = min((tuple(keys[a + 1 : b]) for a, b in pairwise(found)), key=len)
+    half = len(rest) // 2  # where every second anchor was edited there are two layers in it
+    if half and rest[:half] == rest[half + 1 :] and is_like_anchor(rest[half]):
+        rest = rest[:half]
+    length = len(rest)
+    if sum(nodes[key] for key in rest) < REST_NODES_MIN:
+        return found
+    starts: list[int] = []
+    for i, key in enumerate(keys):
+        is_before_rest = tuple(keys[i + 1 : i + 1 + length]) == rest
+        is_behind_layer = bool(starts) and i == starts[-1] + length + 1
+        is_behind_rest = is_behind_layer and tuple(keys[i - length : i]) == rest
+        if key == anchor or (is_like_anchor(key) and (is_before_rest or is_behind_rest)):
+            starts.append(i)
+    return starts
 
 
 def _end_of_last(keys: list[str], starts: list[int]) -> int:
