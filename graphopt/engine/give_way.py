@@ -5,9 +5,9 @@ each of them, and gets it when the delta beside it sleeps, not before: the reque
 delta. So after `WORK_S` of work the delta sleeps for `PAUSE_S`, which is a request or a good part of
 one. Nothing is lost where nobody is served, or where requests are long and ask for a turn rarely.
 
-A thread that wakes takes the core of the one that has run longest, even where another core is free,
-and that is a request. So from its first sleep on the delta's thread is a batch thread to the kernel
-(`SCHED_BATCH` in sched(7)): it has the same share and interrupts nobody when it wakes.
+A thread that wakes may be given the core of a request although another is free: with a third of two cores
+idle, a client was interrupted 200 times a second. So from its first sleep on the delta's thread is a
+batch thread to the kernel (`SCHED_BATCH` in sched(7)): it has the same share and interrupts nobody.
 
 Measured with `python -m benchmarks.swap_storm`; the figures are in `benchmarks/README.md`.
 """

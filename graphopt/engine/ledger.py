@@ -25,7 +25,7 @@ from graphopt.documents import from_value
 from graphopt.draft import Draft
 from graphopt.engine.give_way import Between, go_on
 from graphopt.engine.records import RevisionInfo
-from graphopt.errors import GraphoptError, StateCorruptError
+from graphopt.errors import StateCorruptError
 from graphopt.graph import Constant, Graph
 from graphopt.limits import DELTA_IDS_KEPT_MAX, REVISIONS_KEPT_MAX
 from graphopt.safe_file import Source
@@ -159,7 +159,7 @@ class JournalLedger:
             )
             try:
                 self.folder.journal.append([entry], between)
-            except GraphoptError:
+            except BaseException:  # a Ctrl-C in a pause too
                 self.folder.blobs.release([blob] if blob else [])
                 raise
             if blob:

@@ -412,10 +412,9 @@ class LiveModel:
         said = json.dumps(answer.fields())
         between()
         self.ledger.commit(Commit(self.name, revision, applied, kind, text, digest, said), between)
-        between()
+        # No pause from here on: a Ctrl-C that falls into one must not part what is durable from what is live
         plan = self._publish(old, arrangement, new)
         live_s = self._clocks.monotonic_s() - start_s
-        between()
         self.past.note(
             RevisionInfo(revision, kind, text, delta.id, applied.graph.hash, self._clocks.wall_s())
         )

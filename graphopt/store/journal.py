@@ -121,7 +121,7 @@ class Journal:
     ) -> list[int]:
         """Commit `entries` in one transaction and return their sequence numbers; durable on return.
 
-        `between` is called between two pieces of work, never inside the transaction.
+        `between` is called between two pieces of work, before anything is written: it may raise.
 
         Raises:
             DuplicateDeltaError: A delta id is remembered already (ask `find_delta` first).
@@ -148,7 +148,6 @@ class Journal:
                 if rows:
                     with self._database.transaction():
                         self._database.insert(rows)
-                    between()
                     self._advance(rows)
                     self._blobs.settle(digests, self._head.seq)
         return [row[0] for row in rows]

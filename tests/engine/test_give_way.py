@@ -1,14 +1,16 @@
 """When a delta sleeps for the requests beside it, and when it does not."""
 
+import itertools
 import os
 import time as real_time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 from graphopt.analysis.facts import analyse
-from graphopt.delta import Delta, SetAttr
+from graphopt.delta import Delta, PutConstant, SetAttr
 from graphopt.engine import Host, LiveModel
 from graphopt.engine.give_way import PAUSE_S, PAUSES_MOST_S, QUICK_S, WORK_S, GiveWay
 from graphopt.engine.live import Clocks
@@ -148,3 +150,58 @@ def test_live_models_give_way_to_the_requests_of_their_host(
         assert time.slept_s == [PAUSE_S]
     finally:
         host.close()
+
+
+def test_a_delta_interrupted_in_any_of_its_pauses_has_not_happened(
+    time: Time, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C falls into a pause sooner than anywhere else."""
+    monkeypatch.setattr(
+        "graphopt.engine.give_way.PAUSES_MOST_S", 1.0
+    )  # else the last ones are left out
+    until_interrupt = 0
+
+    def monotonic_s() -> float:
+        time.now_s += WORK_S
+        return time.now_s
+
+    def pause(length_s: float) -> None:
+        nonlocal until_interrupt
+        served.run({"x": torch.zeros(2, 8)})
+        time.pause(length_s)
+        if until_interrupt == 1:
+            raise KeyboardInterrupt
+        until_interrupt -= 1
+
+    def was_interrupted(delta: Delta) -> bool:
+        served.run({"x": torch.zeros(2, 8)})
+        try:
+            edited.apply(delta)
+        except KeyboardInterrupt:
+            return True
+        return False
+
+    settings = EngineSettings(improve=False, builder=False)
+    host = Host(settings, tmp_path / "state", Clocks(monotonic_s, real_time.time, pause))
+    try:
+        edited, served = host.load(small()), host.load(small(), "other")
+        for pauses in itertools.count(1):
+            weight = PutConstant("w", torch.full((8,), float(pauses)))
+            revision, digest = edited.revision, edited.graph.hash
+            until_interrupt = pauses
+            if not was_interrupted(Delta([weight, SetAttr("y", "other", float(pauses))])):
+                break
+            assert (edited.revision, edited.graph.hash) == (revision, digest)
+            until_interrupt = 0
+            assert not was_interrupted(Delta([weight, SetAttr("y", "other", -float(pauses))]))
+            assert edited.revision == revision + 1
+        assert pauses > 8, "it has pauses"
+        revision, digest = edited.revision, edited.graph.hash
+    finally:
+        host.close()
+    again = Host(settings, tmp_path / "state")
+    try:
+        assert again.get("small").revision == revision
+        assert again.get("small").graph.hash == digest
+    finally:
+        again.close()
