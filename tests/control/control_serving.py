@@ -20,6 +20,8 @@ import uvloop
 from safetensors.torch import save_file
 
 from graphopt.engine import EngineSettings, Host
+from graphopt.engine.host import SYSTEM_CLOCKS
+from graphopt.engine.live import Clocks
 from graphopt.graph import Graph
 from graphoptd.config import Reload
 from graphoptd.control import ControlContext, ControlServer
@@ -69,6 +71,7 @@ def serving(
     deadlines: Deadlines | None = None,
     inherited: Sequence[socket.socket] = (),
     state: Path | None = None,
+    clocks: Clocks = SYSTEM_CLOCKS,
     **engine: Any,
 ) -> Iterator[Service]:
     """A service of `graphs`; `engine` are settings of it, by default without the better path."""
@@ -89,6 +92,7 @@ def serving(
             **{"improve": False, **engine},
         ),
         state,
+        clocks=clocks,
     )
     for graph in graphs or (transformer(1),):
         host.load(graph)

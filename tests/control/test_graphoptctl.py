@@ -1,5 +1,6 @@
 """The command: what people see, what scripts get, and every exit code."""
 
+import dataclasses
 import json
 import os
 import re
@@ -11,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from control_serving import COMMAND, ENVIRON, WAIT_S, Service, adapter, ctl
+from control_serving import COMMAND, ENVIRON, WAIT_S, Service, adapter, ctl, serving
 from safetensors.torch import save_file
 
 from graphopt.delta_document import DECODERS
+from graphopt.engine.host import SYSTEM_CLOCKS
 from graphopt.errors import DocumentError
 from graphoptd.control.pinning import user_name
 from graphoptd.ctl.commands import COMMANDS
@@ -59,13 +61,15 @@ def test_the_tables_people_see(service: Service, tmp_path: Path) -> None:
     check_golden("tables.txt", shown)
 
 
-def test_the_pins_people_see(service: Service, tmp_path: Path) -> None:
-    shown = _session(
-        service, tmp_path, "pin --for 2h --reason 'load test'", "status", "explain",
-        "pin transformer --for 3d --reason 'spins' --tier fused --tier eager", "status",
-        "unpin transformer", "unpin", "pin --for 2h --reason ' '",
-        "pin --for 2h --reason x --tier fussed", "pin other --for 2h --reason x", "status",
-    )  # fmt: skip
+def test_the_pins_people_see(tmp_path: Path) -> None:
+    noon = dataclasses.replace(SYSTEM_CLOCKS, wall_s=lambda: 1_800_000_000.0)  # no pin grows older
+    with serving(tmp_path, clocks=noon) as service:
+        shown = _session(
+            service, tmp_path, "pin --for 2h --reason 'load test'", "status", "explain",
+            "pin transformer --for 3d --reason 'spins' --tier fused --tier eager", "status",
+            "unpin transformer", "unpin", "pin --for 2h --reason ' '",
+            "pin --for 2h --reason x --tier fussed", "pin other --for 2h --reason x", "status",
+        )  # fmt: skip
     check_golden("pins.txt", shown)
 
 
