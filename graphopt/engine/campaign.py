@@ -34,15 +34,14 @@ from graphopt.engine.improve import FusedStage, Waiting
 from graphopt.engine.live import LiveModel, MovedOnError
 from graphopt.engine.pins import Pins
 from graphopt.engine.precedent import NEAR, has_won, is_alike, nodes_of, share_of
+from graphopt.engine.step_comparison import compare_steps
 from graphopt.engine.supply import Supply
 from graphopt.engine.traffic import hot_shapes, request_seconds
 from graphopt.errors import BuilderError
 from graphopt.executor.arrangement import Arrangement, ArtifactKey, Overlay
-from graphopt.executor.idle_trial import ALONE_S, BESIDE_SHARE
 from graphopt.executor.plan import run_plan, run_steps
-from graphopt.executor.step_trial import StepTrial, parting
+from graphopt.executor.step_trial import parting
 from graphopt.executor.switch import Outcome
-from graphopt.executor.trial import ACCEPTANCE, Trial
 from graphopt.tables import bytes_word
 
 RETRY_S = 0.1  # until a switch that is not ready is asked again
@@ -50,9 +49,6 @@ COVERED_MIN = (
     0.5  # of the nodes that a plan wants on a runtime: with fewer built it is another plan
 )
 WATCHED_MIN = 50  # requests after which a plan under watch may give way to the next trial
-STEPS_S = 2.0  # of waiting for a comparison of steps: then requests decide, in a trial
-STEPS_RETRY_S = 0.002  # until the next look at it, where a request came
-STEPS = replace(ACCEPTANCE, warmup_pairs=0)  # the steps have run when they were warmed
 UNWATCHED_S = 1.0  # or so long, where there is hardly any traffic
 
 
@@ -262,7 +258,7 @@ class Campaign:
         overlays = overlays_of(facts, keyed, self._means.supply.loaded, old.overlays)
         new = Arrangement.of(old.base, overlays)
         if new.plan.id == old.plan.id and overlays:
-            self.findings.note(with_figures(replace(finding, state="chosen"), before))
+            self.findings.choose(with_figures(replace(finding, state="chosen"), before))
             return
         if _nodes(overlays) < COVERED_MIN * sum(nodes_of(facts, run) for run in _runs(keyed)):
             self.findings.note(replace(finding, state="failed"))
@@ -281,30 +277,14 @@ class Campaign:
         if has_won(finding, before, proven):
             known = "it won with regions of this structure before"
         elif is_alike(facts, finding, before, keyed, proven):
-            known = yield from self._compare_steps(old, new)
+            known = yield from compare_steps(
+                self.model, old, new, proven, self._means.others_serve, self._means.now_s
+            )
         runs = before is not None and before.state == "chosen" and bool(old.overlays)
         chosen = self.findings.chosen
         against = chosen.label if chosen is not None and old.overlays else ""
         finding = with_figures(replace(finding, state="on trial", against=against), before)
         yield from self._judge(finding, old, new, known=known, runs=runs)
-
-    def _compare_steps(self, old: Arrangement, new: Arrangement) -> Waiting:
-        """Why a plan is faster, by its new steps alone; empty when it is not, or requests came."""
-        model, means = self.model, self._means
-        trial = Trial(old.plan.id, new.plan.id, STEPS)
-        driver = StepTrial(
-            trial, old.plan, new.plan, model.inputs_of_shapes(), model.slot, means.now_s
-        )
-        until_s, result = means.now_s() + STEPS_S, None
-        while result is None and means.now_s() < until_s:
-            is_beside, begun_s = means.others_serve(model), means.now_s()
-            result = driver.run(0.0 if is_beside else ALONE_S)
-            spent_s = means.now_s() - begun_s
-            if result is None:
-                yield max(STEPS_RETRY_S, spent_s * (1 / BESIDE_SHARE - 1) if is_beside else 0.0)
-        if result is None or result.verdict != "better":
-            return ""
-        return f"it won with most of its regions before, and its new steps take {result.reason}"
 
     def _give_up(self, finding: Finding, keyed: Keyed, gathered: Gathering) -> Waiting:
         """Says that a plan holds too much memory, and lets go of what no other plan needs.
@@ -363,11 +343,11 @@ class Campaign:
         model.attend()
         outcome: Outcome = yield self._verdict
         self._verdict = None
-        self.findings.note(judged(finding, outcome, runs=runs))
-        if outcome.decision == "published":
-            for other in self.findings:
-                if other.state == "chosen" and other.label != finding.label:
-                    self.findings.note(replace(other, state="replaced"))
+        finding = judged(finding, outcome, runs=runs)
+        if outcome.decision != "published":
+            self.findings.note(finding)
+        else:
+            self.findings.choose(finding)
             # By a trial, or step by step: what was not proven is among the steps that were compared
             self._means.supply.prove(finding.family, finding.structures)
 
@@ -405,7 +385,8 @@ class Campaign:
         Not when it was concluded on nearly the same regions, and a whole graph only on the runtime
         that won by layers.
         """
-        found, chosen = self.findings.get(plan["label"]), self.findings.chosen
+        chosen = self.findings.chosen
+        found = self.findings.get(plan["label"]) or self.findings.get(plan["family"])
         is_bare = not self.model.arrangement_of(facts).overlays
         if is_bare and found is not None and (found.state == "replaced" or found.against):
             return True  # a delta took away what it had lost against
@@ -416,6 +397,8 @@ class Campaign:
                 return False
         if found is None or found.state in ("building", "on trial", "held", "chosen"):
             return True
+        if found.state == "replaced" and self._is_chosen(plan):
+            return True  # by the same way with other blocks left out around edits
         fresh = with_keys(found, facts, self._keyed(facts, plan))
         return not found.stands_for(fresh.blocks, fresh.shapes)
 

@@ -79,6 +79,13 @@ class Findings:
         while len(self._by_label) > FINDINGS_KEPT:
             self._by_label.pop(next(iter(self._by_label)))
 
+    def choose(self, finding: Finding) -> None:
+        """Notes the one that runs now; any other that was chosen is replaced."""
+        for other in self:
+            if other.state == "chosen" and other.label != finding.label:
+                self.note(replace(other, state="replaced"))
+        self.note(finding)
+
     def get(self, label: str) -> Finding | None:
         """The finding about a label."""
         return self._by_label.get(label)

@@ -1,21 +1,30 @@
 """Are the new steps of a plan faster than those they replace? Asked of these steps alone.
 
 A plan with one new layer of twelve differs from the published one by a few percent: less than a trial
-of whole requests can tell on a busy host. Here both plans start from the values at which they part,
-computed once, and what is timed ends where they meet again; the pairs, the judge and the way to a
-request's side are those of an idle trial.
+of whole requests can tell on a busy host. Here every stretch in which the two plans differ starts from
+the values that it reads in a request, computed once, and is timed by itself; the pairs, the judge and
+the way to a request's side are those of an idle trial. A stretch that occurs in several places is
+timed in one, and one of steps that have won before in none.
 
 Deliberately absent: what a whole request takes, which the watch learns from requests.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from typing import Any, NamedTuple
 
 import torch
 
 from graphopt.executor.idle_trial import IdleTrial, Inputs, Traffic
 from graphopt.executor.plan import Plan, Step, run_steps
 from graphopt.executor.trial import Trial
+
+
+class Stretch(NamedTuple):
+    """Steps of two plans that compute the same blocks. `first` is the position among the old ones."""
+
+    first: int
+    old: tuple[Step, ...]
+    new: tuple[Step, ...]
 
 
 class StepTrial(IdleTrial):
@@ -29,40 +38,78 @@ class StepTrial(IdleTrial):
         inputs: Sequence[Inputs],
         traffic: Traffic,
         monotonic_s: Callable[[], float],
+        proven: Set[str] = frozenset(),
     ) -> None:
+        """`proven`: structure keys of steps that have nothing to show any more. Without a stretch left to
+        be timed there is nothing to run.
+        """
         super().__init__(trial, current, candidate, inputs, traffic, monotonic_s)
-        self._first, last = parting(current.steps, candidate.steps)
-        self._steps = tuple(
-            plan.steps[self._first : len(plan.steps) - last] for plan in (current, candidate)
-        )
-        rest = current.steps[len(current.steps) - last :]
-        self._read_later = {key for _, key in current.outputs}.union(*(step.reads for step in rest))
-        self._starts: dict[int, tuple[Mapping[str, Any], Mapping[str, int]]] = {}
+        self.stretches = unproven(current.steps, candidate.steps, proven)
+        outputs = {key for _, key in current.outputs}
+        self._read_later = [
+            outputs.union(*(step.reads for step in current.steps[each.first + len(each.old) :]))
+            for each in self.stretches
+        ]
+        self._starts: dict[int, tuple[list[dict[str, Any]], Mapping[str, int]]] = {}
 
     def _time(self, is_candidate: bool, captured: Inputs) -> tuple[float, dict[str, Any]]:
+        took_s, answers = 0.0, {}
         with torch._C._InferenceMode(True):
-            start, symbols = self._start(captured)
-            env = dict(start)
-            start_s = self._now_s()
-            run_steps(self._steps[is_candidate], env, symbols)
-            took_s = self._now_s() - start_s
-        return took_s, {
-            key: value
-            for key, value in env.items()
-            if key in self._read_later and key not in start and isinstance(value, torch.Tensor)
-        }
+            starts, symbols = self._start(captured)
+            for stretch, start, later in zip(self.stretches, starts, self._read_later, strict=True):
+                env = dict(start)
+                start_s = self._now_s()
+                run_steps(stretch.new if is_candidate else stretch.old, env, symbols)
+                took_s += self._now_s() - start_s
+                for key in env.keys() & later - start.keys():
+                    if isinstance(env[key], torch.Tensor):
+                        answers[key] = env[key]
+        return took_s, answers
 
-    def _start(self, captured: Inputs) -> tuple[Mapping[str, Any], Mapping[str, int]]:
-        """The values at which the plans part, on one input; kept, because they are the same each time."""
+    def _start(self, captured: Inputs) -> tuple[list[dict[str, Any]], Mapping[str, int]]:
+        """What there is at the beginning of each stretch, on one input; kept, as it is always the same."""
         found = self._starts.get(
             id(captured)
         )  # the driver holds the inputs, so the id stays theirs
         if found is None:
             current = self._plans[False]
             env, symbols = current.bind(captured)
-            run_steps(current.steps[: self._first], env, symbols)
-            found = self._starts[id(captured)] = (env, symbols)
+            starts, done = [], 0
+            for stretch in self.stretches:
+                run_steps(current.steps[done : stretch.first], env, symbols)
+                starts.append(dict(env))
+                done = stretch.first
+            found = self._starts[id(captured)] = (starts, symbols)
         return found
+
+
+def unproven(old: Sequence[Step], new: Sequence[Step], proven: Set[str]) -> list[Stretch]:
+    """The stretches in which the plans differ and some new step has not won yet, each kind once."""
+    found: dict[tuple[tuple[str, ...], ...], Stretch] = {}
+    for stretch in stretches(old, new):
+        if any(step.key not in proven for step in stretch.new):
+            kind = tuple(
+                (step.key, step.tier, step.options) for step in (*stretch.old, *stretch.new)
+            )
+            found.setdefault(kind, stretch)
+    return list(found.values())
+
+
+def stretches(old: Sequence[Step], new: Sequence[Step]) -> Iterator[Stretch]:
+    """The smallest stretches that begin and end at the same blocks in both plans, and differ."""
+    i = j = 0
+    while i < len(old):
+        first, begin = i, j
+        ahead = 0  # blocks that the new steps have computed beyond the old ones
+        while ahead or i == first:
+            if ahead > 0:
+                ahead -= len(old[i].blocks)
+                i += 1
+            else:
+                ahead += len(new[j].blocks)
+                j += 1
+        if (i - first, j - begin) != (1, 1) or old[first] is not new[begin]:
+            yield Stretch(first, tuple(old[first:i]), tuple(new[begin:j]))
 
 
 def parting(old: Sequence[Step], new: Sequence[Step]) -> tuple[int, int]:

@@ -73,6 +73,19 @@ def scaled() -> Graph:
     return Graph.build("chain", nodes, whole.inputs, [("y", Ref("scale"))], {}, None, whole.symbols)
 
 
+def varied() -> Graph:
+    """The same with blocks of other structures on the way; what is not negative passes them as it is."""
+    others: dict[str, tuple[str, tuple[float, ...]]] = {
+        "relu.10": ("aten.abs.default", ()), "relu.20": ("aten.add.Tensor", (0.0,)),
+        "relu.30": ("aten.sub.Tensor", (0.0,)), "relu.40": ("aten.div.Tensor", (1.0,)),
+    }  # fmt: skip
+    graph, nodes = scaled(), []
+    for id, node in graph.nodes.items():
+        op, rest = others.get(id, (node.op, node.args[1:]))
+        nodes.append(Node(id, op, (node.args[0], *rest)))
+    return Graph.build("chain", nodes, graph.inputs, graph.outputs, {}, None, graph.symbols)
+
+
 def ask(engine: Engine, times: int = 1) -> set[str]:
     """Asks, checks every answer, and returns the ids of the plans that gave them."""
     plans = set()
@@ -209,6 +222,30 @@ def test_a_place_that_is_edited_again_and_again_drops_no_region(
     again = {finding.label: finding for finding in engine.host.better.findings("chain")}
     assert again["scaling whole"].revision == engine.revision
     answers(5.0)
+
+
+def test_a_place_that_has_been_left_alone_is_taken_in_again(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+):
+    """Though the whole had been replaced by the way around it, on nearly the same blocks."""
+    engine = start("Scaling", graph=varied())
+    assert engine.settle(SETTLED_S)
+    assert states(engine) == {"scaling whole": "chosen"}
+    for factor in (2.0, 3.0, 4.0):
+        engine.apply(Delta([SetAttr("scale", "other", factor)]))
+    assert engine.settle(SETTLED_S)
+    assert states(engine) == {
+        "scaling whole": "replaced", "scaling whole around edits": "chosen",
+    }  # fmt: skip
+    assert tiers(engine) == {"scaling": 1, "eager": 1}
+    monkeypatch.setattr("graphopt.engine.churn.RESTLESS_S", 0.0)
+    assert engine.settle(SETTLED_S)
+    assert states(engine) == {
+        "scaling whole around edits": "replaced", "scaling whole": "chosen",
+    }  # fmt: skip
+    assert tiers(engine) == {"scaling": 1}
+    x = torch.randn(4, 8)
+    torch.testing.assert_close(engine.run({"x": x}).outputs["y"], torch.relu(x) * 4, rtol=0, atol=0)
 
 
 def test_an_op_the_runtime_lacks_is_left_to_the_live_path(start: Start):

@@ -136,7 +136,7 @@ def test_steps_that_requests_disturb_leave_the_word_to_a_trial(
     engine: Engine, said: Said, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(StepTrial, "run", lambda self, budget_s: None)
-    monkeypatch.setattr("graphopt.engine.campaign.STEPS_S", 0.05)
+    monkeypatch.setattr("graphopt.engine.step_comparison.PATIENCE_S", 0.05)
     edit(engine, 3)
     assert engine.settle(SETTLED_S)
     causes = {f["cause"] for name, f in said if name in ("plan.published", "plan.declined")
@@ -179,4 +179,40 @@ def test_a_layer_after_the_other_never_asks_for_a_trial(engine: Engine, said: Sa
         assert len(engine.model.arrangement.overlays) == 7
     back = [f for n, f in said if n == "plan.published" and f["tiers"].get("openvino") == 7]
     assert {f["cause"] for f in back} == {"known_cost"}
+    check_answers(engine)
+
+
+def test_after_a_whole_graph_the_layers_come_back_by_the_new_one_alone(
+    engine: Engine, said: Said, monkeypatch: pytest.MonkeyPatch
+):
+    """An edit takes the region of everything away. The layers won before it did: those that the edit
+    left alone have nothing to show again, and a trial of whole requests would take as many of them.
+    """
+    whole = "openvino whole"
+    timed: list[int] = []
+    make: Callable[..., None] = StepTrial.__init__
+
+    def counting(self: StepTrial, *args: Any) -> None:
+        make(self, *args)
+        timed.append(len(self.stretches))
+
+    monkeypatch.setattr(
+        Campaign, "_is_open", lambda self, plan, facts: plan["label"] in (LAYERED, whole)
+    )
+    consider: Callable[..., str] = Switch.consider
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Switch, "consider", lambda *a, **k: consider(*a, **{**k, "known": "forced"}))
+        edit(engine, 0)
+        assert engine.settle(SETTLED_S)
+    findings = engine.host.better.findings("transformer")
+    assert {f.label: f.state for f in findings} == {LAYERED: "replaced", whole: "chosen"}
+    assert len(engine.model.arrangement.overlays) == 1
+    monkeypatch.setattr(StepTrial, "__init__", counting)
+    edit(engine, 3, 1.5)
+    assert not engine.model.arrangement.overlays
+    assert engine.settle(SETTLED_S)
+    first = of(said, "plan.published", 3)[0]
+    assert (first["cause"], first["tiers"]["openvino"]) == ("known_cost", 7)
+    assert "its new steps take 0." in first["reason"]
+    assert timed[0] == 1
     check_answers(engine)

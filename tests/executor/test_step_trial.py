@@ -1,6 +1,7 @@
 """The trial of the new steps of a plan alone: what it times, what it compares, and when it gives way."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -12,9 +13,9 @@ from scripted_plans import Clock
 from graphopt.analysis.facts import analyse
 from graphopt.executor.build import EagerBuilder, build_plan
 from graphopt.executor.idle_trial import IdleTrial
-from graphopt.executor.plan import Plan
+from graphopt.executor.plan import Plan, Step
 from graphopt.executor.publish import Slot
-from graphopt.executor.step_trial import StepTrial, parting
+from graphopt.executor.step_trial import StepTrial, parting, stretches, unproven
 from graphopt.executor.trial import ACCEPTANCE, Trial
 from graphopt.graph import Graph, Ref
 from graphopt.types import TensorType
@@ -127,3 +128,61 @@ def test_what_lies_outside_the_parting_is_shared(changed: set[int]) -> None:
     assert (first, last) == (
         (min(changed), LENGTH - 1 - max(changed)) if changed else (LENGTH, 0)
     )  # fmt: skip
+
+
+def joined(steps: tuple[Step, ...]) -> Step:
+    """One step over all blocks of `steps`, as a region of a runtime is."""
+    blocks = tuple(block for step in steps for block in step.blocks)
+    return dataclasses.replace(steps[-1], blocks=blocks, tier="runtime")
+
+
+def laid(bounds: set[int], replaced: set[int] = frozenset()) -> tuple[Step, ...]:
+    """The base cut at `bounds`; what is longer than one step, and what is `replaced`, is a new step."""
+    cuts = sorted({0, LENGTH, *bounds})
+    runs = [BASE.steps[a:b] for a, b in itertools.pairwise(cuts)]
+    return tuple(
+        run[0] if len(run) == 1 and i not in replaced else joined(run) for i, run in enumerate(runs)
+    )
+
+
+CUTS = st.sets(st.integers(1, LENGTH - 1))
+
+
+@given(CUTS, CUTS, st.sets(st.integers(0, LENGTH)))
+def test_stretches_are_the_smallest_that_make_one_plan_of_the_other(a, b, replaced) -> None:
+    old, new = laid(a), laid(b, replaced)
+    made, at = [], 0
+    for stretch in stretches(old, new):
+        made += old[at : stretch.first]
+        made += stretch.new
+        at = stretch.first + len(stretch.old)
+        assert old[stretch.first : at] == stretch.old
+        ends = [list(itertools.accumulate(len(s.blocks) for s in part)) for part in stretch[1:]]
+        assert ends[0][-1] == ends[1][-1]
+        assert set(ends[0][:-1]).isdisjoint(ends[1][:-1])  # nowhere inside do both begin anew
+    assert tuple(made) + old[at:] == new
+
+
+def test_a_stretch_is_timed_once_for_each_kind_and_not_where_its_steps_have_won() -> None:
+    keyed = [dataclasses.replace(step, key=f"key.{i % 3}") for i, step in enumerate(BASE.steps)]
+    new = [dataclasses.replace(step, tier="runtime") for step in keyed]
+    assert [each.first for each in unproven(keyed, new, frozenset())] == [0, 1, 2]
+    assert [each.first for each in unproven(keyed, new, {"key.0", "key.2"})] == [1]
+    assert unproven(keyed, new, {"key.0", "key.1", "key.2"}) == []
+
+
+def test_what_won_before_is_left_out_of_the_comparison() -> None:
+    """Five layers that are slower today, and one that is new and quicker."""
+    clock = Clock()
+    base = Plan(
+        BASE.graph, 1,
+        tuple(dataclasses.replace(s, key=f"key.{i}") for i, s in enumerate(BASE.steps)), BASE.digest,
+    )  # fmt: skip
+    current = plan(clock, dict.fromkeys(range(LENGTH), 0.01), base=base)
+    candidate = plan(clock, {**dict.fromkeys(range(5), 0.05), 7: 0.005}, base=current)
+    trial = Trial(current.id, candidate.id, dataclasses.replace(ACCEPTANCE, warmup_pairs=0))
+    proven = {f"key.{i}" for i in range(5)}
+    driver = StepTrial(trial, current, candidate, [X], Slot(current, clock), clock, proven)
+    result = driver.run()
+    assert result is not None
+    assert (result.verdict, result.ratio) == ("better", pytest.approx(0.5))

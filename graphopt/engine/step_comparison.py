@@ -1,0 +1,56 @@
+"""A plan that won before, but for a few regions: are these faster than what runs in their place?
+
+A generator of the background thread, as a campaign is: beside requests of other models it takes a
+small share of the time, and where requests of its own model leave it none it gives up, so that these
+decide, in a trial.
+"""
+
+from collections.abc import Callable, Set
+from dataclasses import replace
+
+from graphopt.engine.improve import Waiting
+from graphopt.engine.live import LiveModel
+from graphopt.executor.arrangement import Arrangement
+from graphopt.executor.idle_trial import ALONE_S, BESIDE_SHARE
+from graphopt.executor.step_trial import StepTrial
+from graphopt.executor.trial import ACCEPTANCE, Trial
+
+PATIENCE_S = 2.0  # of waiting for the comparison: then requests decide, in a trial
+RETRY_S = 0.002  # until the next look at it, where a request came
+SETTINGS = replace(ACCEPTANCE, warmup_pairs=0)  # the steps have run when they were warmed
+
+
+def compare_steps(
+    model: LiveModel,
+    old: Arrangement,
+    new: Arrangement,
+    proven: Set[str],
+    others_serve: Callable[[LiveModel], bool],
+    now_s: Callable[[], float],
+) -> Waiting:
+    """Why the plan `new` is faster than `old`; empty when it is not, or requests came.
+
+    Args:
+        model: whose plans they are.
+        old: what is published.
+        new: warm.
+        proven: structure keys of steps that won before.
+        others_serve: whether models other than the one it is given have requests.
+        now_s: monotonic clock.
+    """
+    trial = Trial(old.plan.id, new.plan.id, SETTINGS)
+    driver = StepTrial(
+        trial, old.plan, new.plan, model.inputs_of_shapes(), model.slot, now_s, proven
+    )
+    if not driver.stretches:
+        return "it won with regions of these structures before"
+    until_s, result = now_s() + PATIENCE_S, None
+    while result is None and now_s() < until_s:
+        is_beside, begun_s = others_serve(model), now_s()
+        result = driver.run(0.0 if is_beside else ALONE_S)
+        spent_s = now_s() - begun_s
+        if result is None:
+            yield max(RETRY_S, spent_s * (1 / BESIDE_SHARE - 1) if is_beside else 0.0)
+    if result is None or result.verdict != "better":
+        return ""
+    return f"it won with most of its regions before, and its new steps take {result.reason}"
