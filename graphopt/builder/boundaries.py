@@ -8,9 +8,11 @@ Deliberately absent: values of candidates. Every candidate is judged on what eag
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b, sha256
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -73,32 +75,55 @@ class Boundaries:
             sizes: of symbols, where the candidate takes no others.
         """
         found: list[Sample] = []
-        requests = [request for path in files if (request := self._read(path)) is not None]
-        for request in requests:
-            try:
-                env, symbols = version.plan.bind(request.inputs)
-            except RequestError:
-                continue  # the interface has changed since that request
+        for request, env, symbols in self._bound(version, files):
             if all(symbols.get(name) == size for name, size in sizes.items()):
-                found.append(self._sample(version.plan, block, reads, request.id, env, symbols))
+                edge = self._edge(version.plan, block, request, env, symbols)
+                found.append(Sample(tuple(edge[key] for key in reads), symbols))
             if len(found) == SAMPLES_MAX:
                 break
         if found:
             return found, False
         inputs = sample_inputs(version.facts, sizes)
         env, symbols = version.plan.bind(inputs)
-        return [self._sample(version.plan, block, reads, _digest(inputs), env, symbols)], True
+        edge = self._edge(version.plan, block, _digest(inputs), env, symbols)
+        return [Sample(tuple(edge[key] for key in reads), symbols)], True
 
-    def _sample(
+    def look_ahead(
+        self,
+        version: Version,
+        blocks: Collection[str],
+        files: Iterable[Path],
+        is_wanted: Callable[[], bool],
+    ) -> None:
+        """Computes what crosses into each of `blocks`, so that after the next edit what lies before it
+        is known; stops as soon as it is not `is_wanted` any more.
+        """
+        starts = [step.block for step in version.plan.steps if step.block in blocks]
+        for request, env, symbols in islice(self._bound(version, files), SAMPLES_MAX):
+            for block in starts:
+                if not is_wanted():
+                    return
+                self._edge(version.plan, block, request, env, symbols)
+
+    def _bound(
+        self, version: Version, files: Iterable[Path]
+    ) -> Iterator[tuple[str, dict[str, Any], Mapping[str, int]]]:
+        """The ids of the real requests that the revision takes, with their values and sizes."""
+        requests = [request for path in files if (request := self._read(path)) is not None]
+        for request in requests:
+            with suppress(RequestError):  # the interface has changed since that request
+                yield request.id, *version.plan.bind(request.inputs)
+
+    def _edge(
         self,
         plan: Plan,
         block: str,
-        reads: tuple[str, ...],
         request: str,
-        env: dict[str, Any],
+        env: Mapping[str, Any],
         symbols: Mapping[str, int],
-    ) -> Sample:
-        keys = [request]
+    ) -> Mapping[str, Any]:
+        """What is alive before `block`, from the model's inputs in `env`."""
+        env, keys = dict(env), [request]
         for step in plan.steps:
             if step.block == block:
                 break
@@ -111,7 +136,7 @@ class Boundaries:
             run_steps(plan.steps[start : len(keys) - 1], env, symbols)
         self.steps_run += len(keys) - 1 - start
         self._keep(keys[-1], env)
-        return Sample(tuple(env[key] for key in reads), symbols)
+        return env
 
     def _keep(self, key: str, env: Mapping[str, Any]) -> None:
         if key in self._edges:

@@ -12,7 +12,7 @@ import json
 import os
 import threading
 import traceback
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +29,10 @@ from graphopt.executor.threads import LoneThread
 
 QUEUE_MAX = 64  # jobs waiting; the engine sends far fewer ahead
 BEAT_S = 1.0
+CALM_S = (
+    2.0  # after a job, before it looks ahead: what was built is compared and published meanwhile
+)
+STARTS_KEPT = 64  # of a model: a region each for as many layers
 _CHUNK_BYTES = 1 << 16
 
 Message = Mapping[str, Any]
@@ -56,6 +60,9 @@ class Server:
         self._writing = threading.Lock()
         self._beating = threading.Condition()
         self._at_work: tuple[int, str] | None = None  # job and stage
+        self._starts: dict[
+            str, OrderedDict[str, None]
+        ] = {}  # by model: first blocks of what was built
         self._takers: dict[str, Callable[[Message], None]] = {
             "model": self._take_state,
             "delta": self._take_state,
@@ -79,6 +86,7 @@ class Server:
                 self._wake.wait_for(lambda: self._queue)
                 job = self._next()
             self._work(job)
+            self._look_ahead(job)
 
     def say(self, message: Message) -> None:
         """Writes one line to the engine."""
@@ -157,6 +165,7 @@ class Server:
 
     def _forget(self, message: Message) -> None:
         self._models.forget(message["model"])
+        self._starts.pop(message["model"], None)
         for job in [job for job in self._queue if job.message["model"] == message["model"]]:
             self._queue.remove(job)
             self._answer(job.id, Answer(False, CANCELLED, "the model was unloaded"))
@@ -195,6 +204,22 @@ class Server:
         finally:
             with self._beating:
                 self._at_work = None
+
+    def _look_ahead(self, job: _Job) -> None:
+        """While nothing is to be done: what the next job will be proven on, wherever the edit is."""
+        if job.op != "build":
+            return
+        name = job.message["model"]
+        starts = self._starts.setdefault(name, OrderedDict())
+        starts[job.message["blocks"][0]] = None
+        starts.move_to_end(job.message["blocks"][0])
+        if len(starts) > STARTS_KEPT:
+            starts.popitem(last=False)
+        with self._wake:
+            is_wanted = self._wake.wait_for(lambda: self._queue, CALM_S)
+            version, files = self._models.current(name), self._models.samples(name)
+        if version is not None and not is_wanted:
+            self._workshop.boundaries.look_ahead(version, starts, files, lambda: not self._queue)
 
     def _say_trial(self, trial: Trial | None) -> None:
         assert self._at_work is not None

@@ -276,7 +276,8 @@ class BetterPath:
             course.shapes = hot_shapes(model.slot)
         keep_thread_count(model.share.each)  # what it runs here, it runs as requests do
         delay_s = campaign.step(lambda: self._wake(course))
-        self._background.submit("store artifacts", self.supply.store)
+        if delay_s is None:  # it waits for somebody else; otherwise it would wait for the disk
+            self._background.submit("store artifacts", self.supply.store)
         if campaign.is_over and campaign.revision != model.revision:
             delay_s = 0.0
         elif campaign.is_over and _are_others(hot_shapes(model.slot), course.shapes):

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from graphopt.analysis.facts import Facts
@@ -33,14 +34,14 @@ from graphopt.engine.gather import REASONS_KEPT, Gathering, gather
 from graphopt.engine.improve import FusedStage, Waiting
 from graphopt.engine.live import LiveModel, MovedOnError
 from graphopt.engine.pins import Pins
-from graphopt.engine.precedent import NEAR, has_won, is_alike, nodes_of, share_of
+from graphopt.engine.precedent import NEAR, has_run, has_won, is_alike, nodes_of, share_of
 from graphopt.engine.step_comparison import compare_steps
 from graphopt.engine.supply import Supply
 from graphopt.engine.traffic import hot_shapes, request_seconds
 from graphopt.errors import BuilderError
 from graphopt.executor.arrangement import Arrangement, ArtifactKey, Overlay
 from graphopt.executor.plan import run_plan, run_steps
-from graphopt.executor.step_trial import parting
+from graphopt.executor.step_trial import Beginnings, parting
 from graphopt.executor.switch import Outcome
 from graphopt.tables import bytes_word
 
@@ -219,7 +220,7 @@ class Campaign:
         new = Arrangement.of(old.base, overlays)
         finding = Finding(label, "chosen", "chosen before for this graph", self.revision)
         finding = with_keys(finding, facts, keyed)
-        if self._warm(new)[1]:
+        if self._warm(new, Beginnings(old.plan, self.model.inputs_of_shapes()))[1]:
             return False
         self.model.introduce(new)
         key = (label, finding.structures)
@@ -243,7 +244,11 @@ class Campaign:
         self.findings.note(finding)
         gathered = self._gathering = Gathering(self._limits.memory_bytes_max)
         assert self._means.link is not None
-        yield from gather(self.model, facts, self._means.link, self._means.supply, keyed, gathered)
+        begun = Beginnings(self.model.slot.plan, self.model.inputs_of_shapes())
+        yield from gather(
+            self.model, facts, self._means.link, self._means.supply, keyed, gathered,
+            partial(self._look_ahead, begun, before),
+        )  # fmt: skip
         finding = replace(
             finding, build_s=gathered.build_s, resident_bytes=gathered.resident_bytes,
             reason="; ".join(gathered.reasons[:REASONS_KEPT]),
@@ -265,7 +270,9 @@ class Campaign:
             return
         if self._is_held(finding, plan["backend"], before):
             return
-        ran, reason = self._warm(new)
+        if old.plan is not begun.plan:
+            begun = Beginnings(old.plan, begun.inputs)
+        ran, reason = self._warm(new, begun)
         if reason:
             self._refuse(plan["backend"], new, reason)
         if reason or not ran:
@@ -278,8 +285,9 @@ class Campaign:
             known = "it won with regions of this structure before"
         elif is_alike(facts, finding, before, keyed, proven):
             known = yield from compare_steps(
-                self.model, old, new, proven, self._means.others_serve, self._means.now_s
+                self.model, begun, new.plan, proven, self._means.others_serve, self._means.now_s
             )
+        del begun  # a judgement takes long, and its values are large
         runs = before is not None and before.state == "chosen" and bool(old.overlays)
         chosen = self.findings.chosen
         against = chosen.label if chosen is not None and old.overlays else ""
@@ -423,22 +431,33 @@ class Campaign:
                 found = self.model.time_once(self.model.inputs_to_try()[0])
         return found
 
-    def _warm(self, arrangement: Arrangement) -> tuple[int, str]:
-        """Runs a plan once in each shape before any request does, as far as its last step that is
-        not published: first calls allocate, and page weights in.
+    def _look_ahead(self, begun: Beginnings, before: Finding | None, missing: Keyed) -> None:
+        """While the builder is at a plan that won before: what there is where its new part begins."""
+        if before is None or not has_run(before):
+            return
+        wanted = {piece.blocks[0] for piece, _ in missing}
+        steps = enumerate(begun.plan.steps)
+        first = next((i for i, step in steps if not wanted.isdisjoint(step.blocks)), 0)
+        for inputs in begun.inputs:
+            with suppress(Exception):  # whoever needs it will meet the same
+                begun.at(inputs, first)
+
+    def _warm(self, arrangement: Arrangement, begun: Beginnings) -> tuple[int, str]:
+        """Runs a plan once in each shape before any request does, from its first step that is not
+        published to its last: first calls allocate, and page weights in.
 
         Returns on how many inputs it ran, and why it failed one that the published plan takes.
         """
         ran, plan = 0, arrangement.plan
-        _, last = parting(self.model.slot.plan.steps, plan.steps)
-        for inputs in self.model.inputs_of_shapes():
+        first, last = parting(begun.plan.steps, plan.steps)
+        for inputs in begun.inputs:
             try:
-                env, symbols = plan.bind(inputs)
-                run_steps(plan.steps[: len(plan.steps) - last], env, symbols)
+                env, symbols = begun.at(inputs, first)
+                run_steps(plan.steps[first : len(plan.steps) - last], env, symbols)
                 ran += 1
             except Exception as error:  # whatever a runtime raises, it costs nobody a request here
                 with suppress(Exception):
-                    run_plan(self.model.slot.plan, inputs)
+                    run_plan(begun.plan, inputs)
                     return ran, f"{type(error).__name__}: {error}"
         return ran, ""
 

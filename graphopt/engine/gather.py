@@ -5,7 +5,7 @@ the builder found is told as events. Where they together may hold so much memory
 that exceeds it is the last one loaded.
 """
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,9 +56,18 @@ class Gathering:
 
 
 def gather(
-    model: LiveModel, facts: Facts, link: BuilderLink, supply: Supply, keyed: Keyed, into: Gathering
+    model: LiveModel,
+    facts: Facts,
+    link: BuilderLink,
+    supply: Supply,
+    keyed: Keyed,
+    into: Gathering,
+    meanwhile: Callable[[Keyed], None] = lambda missing: None,
 ) -> "Generator[Future[Answer], Answer, None]":
-    """A coroutine that waits for the builder and fills `into`; it ends early where that is too large."""
+    """A coroutine that waits for the builder and fills `into`; it ends early where that is too large.
+
+    `meanwhile` is called once the builder is at work, with what was asked of it.
+    """
     revision = model.revision
     missing = []
     for entry in keyed:
@@ -68,13 +77,15 @@ def gather(
         if into.is_too_large:
             return
     bad: set[tuple[str, str]] = set()  # structure and options: what failed once fails for twins
-    for wave in _waves(missing):
+    for i, wave in enumerate(_waves(missing)):
         asked = []
         for piece, key in wave:
             if (key[0], key[-1]) not in bad:
                 job = supply.job(model.name, revision, piece)
                 asked.append((piece, key, job, link.build(job)))
         into.asked = [future for *_, future in asked]
+        if i == 0 and missing:
+            meanwhile(missing)
         for piece, key, job, future in asked:
             answer = yield future
             if answer.stage in UNDECIDED:

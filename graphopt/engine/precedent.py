@@ -52,7 +52,10 @@ def is_alike(
     return _won_before(finding, before) and share >= SAME_SHARE
 
 
+def has_run(before: Finding) -> bool:
+    """Whether that way of running was published and not taken back."""
+    return before.state in ("chosen", "replaced")
+
+
 def _won_before(finding: Finding, before: Finding | None) -> bool:
-    if before is None or before.state not in ("chosen", "replaced"):
-        return False
-    return finding.shapes <= before.shapes
+    return before is not None and has_run(before) and finding.shapes <= before.shapes

@@ -10,38 +10,38 @@ from dataclasses import replace
 
 from graphopt.engine.improve import Waiting
 from graphopt.engine.live import LiveModel
-from graphopt.executor.arrangement import Arrangement
 from graphopt.executor.idle_trial import ALONE_S, BESIDE_SHARE
-from graphopt.executor.step_trial import StepTrial
+from graphopt.executor.plan import Plan
+from graphopt.executor.step_trial import Beginnings, StepTrial
 from graphopt.executor.trial import ACCEPTANCE, Trial
 
 PATIENCE_S = 2.0  # of waiting for the comparison: then requests decide, in a trial
 RETRY_S = 0.002  # until the next look at it, where a request came
-SETTINGS = replace(ACCEPTANCE, warmup_pairs=0)  # the steps have run when they were warmed
+# The steps have run when they were warmed. As many pairs as a layer of 20 ms fits into the patience:
+# each that is allowed for makes the first look a harder one.
+SETTINGS = replace(ACCEPTANCE, warmup_pairs=0, pairs_max=24)
 
 
 def compare_steps(
     model: LiveModel,
-    old: Arrangement,
-    new: Arrangement,
+    beginnings: Beginnings,
+    new: Plan,
     proven: Set[str],
     others_serve: Callable[[LiveModel], bool],
     now_s: Callable[[], float],
 ) -> Waiting:
-    """Why the plan `new` is faster than `old`; empty when it is not, or requests came.
+    """Why the plan `new` is faster than the published one; empty when it is not, or requests came.
 
     Args:
         model: whose plans they are.
-        old: what is published.
+        beginnings: of the published plan, on one input of each shape.
         new: warm.
         proven: structure keys of steps that won before.
         others_serve: whether models other than the one it is given have requests.
         now_s: monotonic clock.
     """
-    trial = Trial(old.plan.id, new.plan.id, SETTINGS)
-    driver = StepTrial(
-        trial, old.plan, new.plan, model.inputs_of_shapes(), model.slot, now_s, proven
-    )
+    trial = Trial(beginnings.plan.id, new.id, SETTINGS)
+    driver = StepTrial(trial, beginnings, new, model.slot, now_s, proven)
     if not driver.stretches:
         return "it won with regions of these structures before"
     until_s, result = now_s() + PATIENCE_S, None

@@ -54,6 +54,7 @@ class IdleTrial:
         self._traffic = traffic
         self._now_s = monotonic_s
         self._turn = 0
+        self._ran: bool | None = None  # which plan ran last, with nothing in between
         self._compared: set[Bucket] = set()
         self._inputs: dict[Bucket, list[Inputs]] = {}
         for captured in inputs:
@@ -70,6 +71,7 @@ class IdleTrial:
         None in all cases but the first.
         """
         until_s = self._now_s() + budget_s
+        self._ran = None
         while (result := self._trial.judge()) is None:
             if not self._inputs or not self._run_pair():
                 return self._trial.judge()
@@ -88,14 +90,19 @@ class IdleTrial:
         block = self._trial.settings.block
         first = self._trial.is_candidate(self._turn * 2 * block)
         for is_candidate in (first, not first):
-            for _ in range(block):  # the last counts, as with live requests
+            # The last of a block counts, as with live requests; behind runs of its own plan, the first
+            for _ in range(1 if self._ran is is_candidate else block):
                 if self._is_disturbed(begun):
+                    self._ran = None
                     return False
                 try:
                     took_s[is_candidate], answers[is_candidate] = self._time(is_candidate, captured)
                 except Exception as error:
+                    self._ran = None
                     return self._failed(is_candidate, bucket, captured, error)
+                self._ran = is_candidate
         if self._is_disturbed(begun):
+            self._ran = None
             return False
         self._turn += 1
         if bucket not in self._compared:

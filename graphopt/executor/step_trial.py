@@ -27,60 +27,81 @@ class Stretch(NamedTuple):
     new: tuple[Step, ...]
 
 
+class Beginnings:
+    """The values that there are where a step of `plan` begins, on captured inputs; each computed once."""
+
+    def __init__(self, plan: Plan, inputs: Sequence[Inputs]) -> None:
+        self.plan = plan
+        self.inputs = inputs
+        self._symbols: dict[int, Mapping[str, int]] = {}
+        # By input, which is held, so that its id stays its own, and by position
+        self._kept: dict[int, dict[int, dict[str, Any]]] = {}
+
+    def at(self, captured: Inputs, position: int) -> tuple[dict[str, Any], Mapping[str, int]]:
+        """A fresh environment with them, and the sizes of symbols.
+
+        Raises what `bind` and the steps before raise.
+        """
+        with torch._C._InferenceMode(True):
+            kept = self._kept.get(id(captured))
+            if kept is None:
+                env, self._symbols[id(captured)] = self.plan.bind(captured)
+                kept = self._kept[id(captured)] = {0: env}
+            symbols = self._symbols[id(captured)]
+            if position not in kept:
+                near = max(each for each in kept if each < position)
+                env = dict(kept[near])
+                run_steps(self.plan.steps[near:position], env, symbols)
+                kept[position] = env
+        return dict(kept[position]), symbols
+
+
 class StepTrial(IdleTrial):
     """An idle trial of the steps in which two plans of one revision differ."""
 
     def __init__(
         self,
         trial: Trial,
-        current: Plan,
+        beginnings: Beginnings,
         candidate: Plan,
-        inputs: Sequence[Inputs],
         traffic: Traffic,
         monotonic_s: Callable[[], float],
         proven: Set[str] = frozenset(),
     ) -> None:
-        """`proven`: structure keys of steps that have nothing to show any more. Without a stretch left to
-        be timed there is nothing to run.
+        """Does not run anything yet.
+
+        Args:
+            trial: to be driven.
+            beginnings: of the published plan, on the inputs to be run.
+            candidate: the plan on trial.
+            traffic: the requests, which come first.
+            monotonic_s: clock.
+            proven: structure keys of steps that have nothing to show any more. Without a stretch
+                left to be timed there is nothing to run.
         """
-        super().__init__(trial, current, candidate, inputs, traffic, monotonic_s)
+        current = beginnings.plan
+        super().__init__(trial, current, candidate, beginnings.inputs, traffic, monotonic_s)
+        self._beginnings = beginnings
         self.stretches = unproven(current.steps, candidate.steps, proven)
         outputs = {key for _, key in current.outputs}
         self._read_later = [
             outputs.union(*(step.reads for step in current.steps[each.first + len(each.old) :]))
             for each in self.stretches
         ]
-        self._starts: dict[int, tuple[list[dict[str, Any]], Mapping[str, int]]] = {}
 
     def _time(self, is_candidate: bool, captured: Inputs) -> tuple[float, dict[str, Any]]:
         took_s, answers = 0.0, {}
-        with torch._C._InferenceMode(True):
-            starts, symbols = self._start(captured)
-            for stretch, start, later in zip(self.stretches, starts, self._read_later, strict=True):
-                env = dict(start)
+        for stretch, later in zip(self.stretches, self._read_later, strict=True):
+            env, symbols = self._beginnings.at(captured, stretch.first)
+            before = set(env)
+            with torch._C._InferenceMode(True):
                 start_s = self._now_s()
                 run_steps(stretch.new if is_candidate else stretch.old, env, symbols)
                 took_s += self._now_s() - start_s
-                for key in env.keys() & later - start.keys():
-                    if isinstance(env[key], torch.Tensor):
-                        answers[key] = env[key]
+            for key in env.keys() & later - before:
+                if isinstance(env[key], torch.Tensor):
+                    answers[key] = env[key]
         return took_s, answers
-
-    def _start(self, captured: Inputs) -> tuple[list[dict[str, Any]], Mapping[str, int]]:
-        """What there is at the beginning of each stretch, on one input; kept, as it is always the same."""
-        found = self._starts.get(
-            id(captured)
-        )  # the driver holds the inputs, so the id stays theirs
-        if found is None:
-            current = self._plans[False]
-            env, symbols = current.bind(captured)
-            starts, done = [], 0
-            for stretch in self.stretches:
-                run_steps(current.steps[done : stretch.first], env, symbols)
-                starts.append(dict(env))
-                done = stretch.first
-            found = self._starts[id(captured)] = (starts, symbols)
-        return found
 
 
 def unproven(old: Sequence[Step], new: Sequence[Step], proven: Set[str]) -> list[Stretch]:

@@ -137,6 +137,35 @@ def test_an_edit_spares_what_lies_before_it_and_not_what_follows(told: Told) -> 
     assert at.steps_run == n_run + len(blocks) - 1 - blocks.index(edited)
 
 
+def test_what_was_looked_up_ahead_is_there_for_the_next_edit(told: Told) -> None:
+    file = write_inputs(feeds_of(told.graph, SIZES), told.folder)
+    at, blocks = Boundaries(), blocks_of(told.graph)
+    version = told.table.current("m")
+    assert version is not None
+    at.look_ahead(version, {blocks[4], blocks[2], "gone"}, [file, told.folder / "no"], lambda: True)
+    n_run = at.steps_run
+    told.put("layer.2/up.weight", 5)
+    fresh = sample_of(told, Boundaries(0), blocks[4], file)
+    assert all(map(_equal, fresh, sample_of(told, at, blocks[4], file)))
+    assert at.steps_run == n_run
+    sample_of(told, at, blocks[5], file)
+    assert at.steps_run == n_run + 1
+
+
+def test_looking_ahead_ends_as_soon_as_there_is_something_to_do(told: Told) -> None:
+    file = write_inputs(feeds_of(told.graph, SIZES), told.folder)
+    at, blocks = Boundaries(), blocks_of(told.graph)
+    version, left = told.table.current("m"), [True, False]
+    assert version is not None
+    at.look_ahead(version, set(blocks[1:]), [file], lambda: left.pop(0))
+    assert left == []
+    n_run = at.steps_run
+    sample_of(told, at, blocks[1], file)
+    assert at.steps_run == n_run
+    sample_of(told, at, blocks[2], file)
+    assert at.steps_run == n_run + 1
+
+
 @settings(max_examples=25, deadline=None)
 @given(order=st.lists(st.integers(0, 8), min_size=1, max_size=12), size=st.sampled_from([0, 3_000]))
 def test_cached_values_are_those_of_a_run_from_the_start(

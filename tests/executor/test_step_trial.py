@@ -15,7 +15,7 @@ from graphopt.executor.build import EagerBuilder, build_plan
 from graphopt.executor.idle_trial import IdleTrial
 from graphopt.executor.plan import Plan, Step
 from graphopt.executor.publish import Slot
-from graphopt.executor.step_trial import StepTrial, parting, stretches, unproven
+from graphopt.executor.step_trial import Beginnings, StepTrial, parting, stretches, unproven
 from graphopt.executor.trial import ACCEPTANCE, Trial
 from graphopt.graph import Graph, Ref
 from graphopt.types import TensorType
@@ -56,9 +56,17 @@ def plan(
     )
 
 
-def drive(kind: type[IdleTrial], clock: Clock, current: Plan, candidate: Plan):
-    trial = Trial(current.id, candidate.id, dataclasses.replace(ACCEPTANCE, warmup_pairs=0))
-    return kind(trial, current, candidate, [X], Slot(current, clock), clock).run()
+SETTINGS = dataclasses.replace(ACCEPTANCE, warmup_pairs=0)
+
+
+def by_steps(clock: Clock, current: Plan, candidate: Plan, proven=frozenset()):
+    trial, begun = Trial(current.id, candidate.id, SETTINGS), Beginnings(current, [X])
+    return StepTrial(trial, begun, candidate, Slot(current, clock), clock, proven).run()
+
+
+def by_requests(clock: Clock, current: Plan, candidate: Plan):
+    trial = Trial(current.id, candidate.id, SETTINGS)
+    return IdleTrial(trial, current, candidate, [X], Slot(current, clock), clock).run()
 
 
 def layers(clock: Clock, seed: int = 0) -> Plan:
@@ -78,12 +86,12 @@ def test_one_layer_of_twelve_is_told_where_whole_requests_say_nothing() -> None:
     clock = Clock()
     current = layers(clock)
     candidate = plan(clock, {5: 0.006}, base=current)
-    result = drive(StepTrial, clock, current, candidate)
+    result = by_steps(clock, current, candidate)
     assert result is not None
     assert result.verdict == "better"
     assert result.ratio == pytest.approx(0.006 / 0.0125, rel=0.2)
     assert result.pairs < 12
-    whole = drive(IdleTrial, clock, current, candidate)
+    whole = by_requests(clock, current, candidate)
     assert whole is not None
     assert whole.ratio is not None
     assert whole.ratio > 0.9
@@ -92,7 +100,7 @@ def test_one_layer_of_twelve_is_told_where_whole_requests_say_nothing() -> None:
 def test_a_new_step_that_is_slower_is_worse() -> None:
     clock = Clock()
     current = layers(clock)
-    result = drive(StepTrial, clock, current, plan(clock, {5: 0.03}, base=current))
+    result = by_steps(clock, current, plan(clock, {5: 0.03}, base=current))
     assert result is not None
     assert result.verdict == "worse"
 
@@ -101,7 +109,7 @@ def test_new_steps_that_answer_otherwise_fail() -> None:
     clock = Clock()
     current = layers(clock)
     wrong = plan(clock, {5: 0.001}, {5: lambda x: torch.relu(x) + 0.1}, base=current)
-    result = drive(StepTrial, clock, current, wrong)
+    result = by_steps(clock, current, wrong)
     assert result is not None
     assert (result.verdict, "differs" in result.reason) == ("failed", True)
 
@@ -113,7 +121,7 @@ def test_new_steps_that_raise_fail() -> None:
     def broken(x):
         raise RuntimeError("no such device")
 
-    result = drive(StepTrial, clock, current, plan(clock, {5: 0.001}, {5: broken}, base=current))
+    result = by_steps(clock, current, plan(clock, {5: 0.001}, {5: broken}, base=current))
     assert result is not None
     assert (result.verdict, "no such device" in result.reason) == ("failed", True)
 
@@ -180,9 +188,32 @@ def test_what_won_before_is_left_out_of_the_comparison() -> None:
     )  # fmt: skip
     current = plan(clock, dict.fromkeys(range(LENGTH), 0.01), base=base)
     candidate = plan(clock, {**dict.fromkeys(range(5), 0.05), 7: 0.005}, base=current)
-    trial = Trial(current.id, candidate.id, dataclasses.replace(ACCEPTANCE, warmup_pairs=0))
-    proven = {f"key.{i}" for i in range(5)}
-    driver = StepTrial(trial, current, candidate, [X], Slot(current, clock), clock, proven)
-    result = driver.run()
+    result = by_steps(clock, current, candidate, {f"key.{i}" for i in range(5)})
     assert result is not None
     assert (result.verdict, result.ratio) == ("better", pytest.approx(0.5))
+
+
+def test_where_a_stretch_begins_is_computed_once_and_stays_as_it_was() -> None:
+    clock = Clock()
+    current = plan(clock, dict.fromkeys(range(LENGTH), 0.01))
+    begun = Beginnings(current, [X])
+    env, _ = begun.at(X, 5)
+    assert clock.now_s == pytest.approx(0.05)
+    env.clear()
+    again, symbols = begun.at(X, 7)
+    assert clock.now_s == pytest.approx(0.07)  # on from the nearest
+    assert dict(symbols) == {}
+    assert sorted(again) == ["step.6"]
+    assert sorted(begun.at(X, 5)[0]) == ["step.4"]
+    assert clock.now_s == pytest.approx(0.07)
+
+
+def test_a_run_behind_its_own_plan_needs_no_other_to_warm_up() -> None:
+    """Two runs a block, but of pairs ABBA the middle is one stretch of B."""
+    clock, runs = Clock(), []
+    current = plan(clock, {5: 0.01}, {5: lambda x: runs.append("a") or torch.relu(x)})
+    candidate = plan(clock, {5: 0.01}, {5: lambda x: runs.append("b") or torch.relu(x)})
+    settings = dataclasses.replace(SETTINGS, pairs_max=2, gives_up=False)
+    trial = Trial(current.id, candidate.id, settings)
+    StepTrial(trial, Beginnings(current, [X]), candidate, Slot(current, clock), clock).run()
+    assert "".join(runs) in ("aabbbaa", "bbaaabb")
