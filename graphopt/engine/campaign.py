@@ -11,7 +11,7 @@ revision. Artifacts and findings outlive it, so the next revision's campaign doe
 Deliberately absent: what is worth proposing (the planner), and when a plan is faster (the switch).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -21,6 +21,7 @@ from typing import Any
 from graphopt.analysis.facts import Facts
 from graphopt.engine.assembly import Keyed, artifact_key, overlays_of, pieces_of
 from graphopt.engine.builder_link import BuilderLink
+from graphopt.engine.completion import completed
 from graphopt.engine.costs import Costs
 from graphopt.engine.findings import (
     Finding,
@@ -34,14 +35,14 @@ from graphopt.engine.gather import REASONS_KEPT, Gathering, gather
 from graphopt.engine.improve import FusedStage, Waiting
 from graphopt.engine.live import LiveModel, MovedOnError
 from graphopt.engine.pins import Pins
-from graphopt.engine.precedent import NEAR, has_run, has_won, is_alike, nodes_of, share_of
+from graphopt.engine.precedent import NEAR, has_won, is_alike, nodes_of, share_of
 from graphopt.engine.step_comparison import compare_steps
 from graphopt.engine.supply import Supply
 from graphopt.engine.traffic import hot_shapes, request_seconds
+from graphopt.engine.warming import look_ahead, warm
 from graphopt.errors import BuilderError
 from graphopt.executor.arrangement import Arrangement, ArtifactKey, Overlay
-from graphopt.executor.plan import run_plan, run_steps
-from graphopt.executor.step_trial import Beginnings, parting
+from graphopt.executor.step_trial import Beginnings
 from graphopt.executor.switch import Outcome
 from graphopt.tables import bytes_word
 
@@ -82,7 +83,7 @@ class Campaign:
         self.revision, self._facts = model.at_hand()
         self.restless = model.churn.restless()
         self._limits = model.settings.limits(model.name)
-        self._keys: dict[str, Keyed] = {}  # of the proposed plans, by label
+        self._keys: dict[Hashable, Keyed] = {}  # of the proposed plans, by label and runs
         self._course = self._run()
         self._waits_for: Future[Any] | None = None
         self._judged: Any = None  # key of the plan that the switch judges for this campaign
@@ -170,6 +171,9 @@ class Campaign:
             has_runtime = bool(self.model.arrangement_of(facts).overlays)
             if is_blind and has_runtime and not self._is_chosen(plan):
                 break  # in what shapes to compare the others, only requests can tell
+            part = self._completed(plan, facts)
+            if part is not None:
+                yield from self._pursue(part, facts)
             if self._is_open(plan, facts):
                 yield from self._pursue(plan, facts)
         if waits:
@@ -220,7 +224,7 @@ class Campaign:
         new = Arrangement.of(old.base, overlays)
         finding = Finding(label, "chosen", "chosen before for this graph", self.revision)
         finding = with_keys(finding, facts, keyed)
-        if self._warm(new, Beginnings(old.plan, self.model.inputs_of_shapes()))[1]:
+        if warm(new.plan, Beginnings(old.plan, self.model.inputs_of_shapes()))[1]:
             return False
         self.model.introduce(new)
         key = (label, finding.structures)
@@ -232,7 +236,7 @@ class Campaign:
 
     def _pursue(self, plan: Mapping[str, Any], facts: Facts) -> Waiting:
         """Builds one proposed plan and has it judged."""
-        before = self.findings.get(plan["label"]) or self.findings.get(plan["family"])
+        before = self._precedent(plan)
         finding = Finding(plan["label"], "building", revision=self.revision, family=plan["family"])
         keyed = self._keyed(facts, plan)
         finding = with_keys(finding, facts, keyed)
@@ -247,7 +251,7 @@ class Campaign:
         begun = Beginnings(self.model.slot.plan, self.model.inputs_of_shapes())
         yield from gather(
             self.model, facts, self._means.link, self._means.supply, keyed, gathered,
-            partial(self._look_ahead, begun, before),
+            partial(look_ahead, begun, before),
         )  # fmt: skip
         finding = replace(
             finding, build_s=gathered.build_s, resident_bytes=gathered.resident_bytes,
@@ -272,7 +276,7 @@ class Campaign:
             return
         if old.plan is not begun.plan:
             begun = Beginnings(old.plan, begun.inputs)
-        ran, reason = self._warm(new, begun)
+        ran, reason = warm(new.plan, begun)
         if reason:
             self._refuse(plan["backend"], new, reason)
         if reason or not ran:
@@ -288,7 +292,11 @@ class Campaign:
                 self.model, begun, new.plan, proven, self._means.others_serve, self._means.now_s
             )
         del begun  # a judgement takes long, and its values are large
-        runs = before is not None and before.state == "chosen" and bool(old.overlays)
+        runs = (
+            before is not None
+            and (before.label, before.state) == (finding.label, "chosen")
+            and bool(old.overlays)
+        )
         chosen = self.findings.chosen
         against = chosen.label if chosen is not None and old.overlays else ""
         finding = with_figures(replace(finding, state="on trial", against=against), before)
@@ -382,6 +390,19 @@ class Campaign:
         chosen = self.findings.chosen
         return chosen is not None and plan["family"] in (chosen.label, chosen.family)
 
+    def _precedent(self, plan: Mapping[str, Any]) -> Finding | None:
+        """What is known about a plan: of its family the one that runs, else the one of its label."""
+        if self._is_chosen(plan):
+            return self.findings.chosen
+        return self.findings.get(plan["label"]) or self.findings.get(plan["family"])
+
+    def _completed(self, plan: Mapping[str, Any], facts: Facts) -> Mapping[str, Any] | None:
+        """The way that runs with what a delta took away from it, where `plan` is that and more."""
+        chosen = self.findings.chosen
+        if chosen is None or not self._is_chosen(plan):
+            return None
+        return completed(plan, chosen, self.model.arrangement_of(facts))
+
     def _is_at_hand(self, plan: Mapping[str, Any], facts: Facts) -> bool:
         """Whether hardly anything of a plan has to be built."""
         keyed = self._keyed(facts, plan)
@@ -412,10 +433,11 @@ class Campaign:
 
     def _keyed(self, facts: Facts, plan: Mapping[str, Any]) -> Keyed:
         """The pieces of a proposed plan with their keys; made once a campaign."""
-        found = self._keys.get(plan["label"])
+        name = plan["label"], tuple(tuple(region["blocks"]) for region in plan["regions"])
+        found = self._keys.get(name)
         if found is None:
             versions = self._means.supply.versions()
-            found = self._keys[plan["label"]] = [
+            found = self._keys[name] = [
                 (piece, artifact_key(facts, piece, versions[piece.backend]))
                 for piece in pieces_of(plan)
             ]
@@ -430,36 +452,6 @@ class Campaign:
             with suppress(Exception):  # a made-up input may be one that the model cannot take
                 found = self.model.time_once(self.model.inputs_to_try()[0])
         return found
-
-    def _look_ahead(self, begun: Beginnings, before: Finding | None, missing: Keyed) -> None:
-        """While the builder is at a plan that won before: what there is where its new part begins."""
-        if before is None or not has_run(before):
-            return
-        wanted = {piece.blocks[0] for piece, _ in missing}
-        steps = enumerate(begun.plan.steps)
-        first = next((i for i, step in steps if not wanted.isdisjoint(step.blocks)), 0)
-        for inputs in begun.inputs:
-            with suppress(Exception):  # whoever needs it will meet the same
-                begun.at(inputs, first)
-
-    def _warm(self, arrangement: Arrangement, begun: Beginnings) -> tuple[int, str]:
-        """Runs a plan once in each shape before any request does, from its first step that is not
-        published to its last: first calls allocate, and page weights in.
-
-        Returns on how many inputs it ran, and why it failed one that the published plan takes.
-        """
-        ran, plan = 0, arrangement.plan
-        first, last = parting(begun.plan.steps, plan.steps)
-        for inputs in begun.inputs:
-            try:
-                env, symbols = begun.at(inputs, first)
-                run_steps(plan.steps[first : len(plan.steps) - last], env, symbols)
-                ran += 1
-            except Exception as error:  # whatever a runtime raises, it costs nobody a request here
-                with suppress(Exception):
-                    run_plan(begun.plan, inputs)
-                    return ran, f"{type(error).__name__}: {error}"
-        return ran, ""
 
     def _refuse(self, backend: str, arrangement: Arrangement, reason: str) -> None:
         fields = {

@@ -15,7 +15,7 @@ from graphopt.executor.plan import Plan
 from graphopt.executor.step_trial import Beginnings, StepTrial
 from graphopt.executor.trial import ACCEPTANCE, Trial
 
-PATIENCE_S = 2.0  # of waiting for the comparison: then requests decide, in a trial
+PATIENCE_S = 2.0  # without another pair: then requests decide, in a trial
 RETRY_S = 0.002  # until the next look at it, where a request came
 # The steps have run when they were warmed. As many pairs as a layer of 20 ms fits into the patience:
 # each that is allowed for makes the first look a harder one.
@@ -44,11 +44,13 @@ def compare_steps(
     driver = StepTrial(trial, beginnings, new, model.slot, now_s, proven)
     if not driver.stretches:
         return "it won with regions of these structures before"
-    until_s, result = now_s() + PATIENCE_S, None
-    while result is None and now_s() < until_s:
+    pairs, paired_s, result = 0, now_s(), None
+    while result is None and now_s() < paired_s + PATIENCE_S:
         is_beside, begun_s = others_serve(model), now_s()
         result = driver.run(0.0 if is_beside else ALONE_S)
         spent_s = now_s() - begun_s
+        if trial.pairs > pairs:
+            pairs, paired_s = trial.pairs, now_s()
         if result is None:
             yield max(RETRY_S, spent_s * (1 / BESIDE_SHARE - 1) if is_beside else 0.0)
     if result is None or result.verdict != "better":

@@ -216,3 +216,38 @@ def test_after_a_whole_graph_the_layers_come_back_by_the_new_one_alone(
     assert "its new steps take 0." in first["reason"]
     assert timed[0] == 1
     check_answers(engine)
+
+
+def test_a_layer_comes_back_where_taking_in_a_calm_place_is_no_gain(
+    engine: Engine, said: Said, monkeypatch: pytest.MonkeyPatch
+):
+    """The way that runs leaves a block out around edits. With that block taken in it was refused; an edit
+    of another layer must be built all the same.
+    """
+    around = f"{LAYERED} around edits"
+    consider: Callable[..., str] = Switch.consider
+    monkeypatch.setattr(Campaign, "_is_open", lambda self, plan, facts: plan["family"] == LAYERED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Switch, "consider", lambda *a, **k: consider(*a, **{**k, "known": "forced"}))
+        for factor in (1.5, 1.6, 1.7):
+            value = "layer.3/gelu"
+            readers = tuple(engine.model.graph.users[value])
+            scaled = AddNode(f"scaled.{factor}", "aten.mul.Tensor", (Ref(value), factor))
+            engine.apply(Delta([scaled, Rewire(Ref(value), Ref(scaled.id), readers)]))
+        assert engine.settle(SETTLED_S)
+    findings = engine.host.better.findings("transformer")
+    assert findings.chosen is not None
+    assert findings.chosen.label == around
+    left_out = {step.block for step in engine.model.slot.plan.steps if step.tier == "eager"}
+    monkeypatch.setattr(Campaign, "_is_open", lambda self, plan, facts: False)
+    monkeypatch.setattr("graphopt.engine.churn.RESTLESS_S", 0.0)
+    monkeypatch.setattr("graphopt.engine.better_path._has_calmed", lambda course: False)
+    edit(engine, 1)
+    said.clear()
+    assert engine.settle(SETTLED_S)
+    back = engine.model.slot.plan.steps
+    assert {step.block for step in back if step.tier == "eager"} <= left_out
+    published = of(said, "plan.published", engine.revision)
+    assert [f["cause"] for f in published if "cause" in f] == ["known_cost"]
+    assert findings.chosen.label == around
+    check_answers(engine)
