@@ -35,7 +35,7 @@ from graphopt.engine.gather import REASONS_KEPT, Gathering, gather
 from graphopt.engine.improve import FusedStage, Waiting
 from graphopt.engine.live import LiveModel, MovedOnError
 from graphopt.engine.pins import Pins
-from graphopt.engine.precedent import NEAR, has_won, is_alike, nodes_of, share_of
+from graphopt.engine.precedent import NEAR, has_run, has_won, is_alike, nodes_of, share_of
 from graphopt.engine.step_comparison import compare_steps
 from graphopt.engine.supply import Supply
 from graphopt.engine.traffic import hot_shapes, request_seconds
@@ -86,7 +86,8 @@ class Campaign:
         self._keys: dict[Hashable, Keyed] = {}  # of the proposed plans, by label and runs
         self._course = self._run()
         self._waits_for: Future[Any] | None = None
-        self._judged: Any = None  # key of the plan that the switch judges for this campaign
+        self._before: Finding | None = None  # of what is pursued: that it ran until now
+        self._judged: tuple[Finding, bool] | None = None  # what the switch has, and whether it runs
         self._verdict: Future[Outcome] | None = None
         self._gathering = Gathering()  # for the plan at hand
         self.wanted: frozenset[ArtifactKey] = frozenset()  # to be kept in memory for it
@@ -126,9 +127,22 @@ class Campaign:
         return None
 
     def take(self, outcome: Outcome) -> None:
-        """A decision of the switch about this model's plans, of which one may be waited for."""
-        is_ours = outcome.key == self._judged
-        if is_ours and self._verdict is not None and not self._verdict.done():
+        """A decision of the switch about this model's plans, of which one may be waited for.
+
+        A publication is noted even where a delta has ended the campaign since: it happened.
+        """
+        if self._judged is None or outcome.key != self._judged[0].key:
+            return
+        finding = judged(self._judged[0], outcome, runs=self._judged[1])
+        if outcome.decision == "published":
+            self.findings.choose(finding)
+            # By a trial, or step by step: what was not proven is among the steps that were compared
+            self._means.supply.prove(finding.family, finding.structures)
+        elif not self.is_over:
+            self.findings.note(finding)
+            self._put_back()
+        self._judged = None
+        if self._verdict is not None and not self._verdict.done():
             self._verdict.set_result(outcome)
 
     def close(self) -> None:
@@ -136,8 +150,16 @@ class Campaign:
         if not self.is_over:
             self.is_over, self.wanted = True, frozenset()
             self._course.close()
+            self._put_back()
             for future in self._gathering.asked:
                 future.cancel()
+
+    def _put_back(self) -> None:
+        """What ran is still known to, where nothing was concluded about what was to take its place."""
+        before = self._before
+        now = self.findings.get(before.label) if before is not None else None
+        if before is not None and now is not None and now.state in ("building", "on trial"):
+            self.findings.note(before)
 
     def _resume(self, done: Any) -> Any:
         if not isinstance(done, Future):
@@ -227,8 +249,9 @@ class Campaign:
         if warm(new.plan, Beginnings(old.plan, self.model.inputs_of_shapes()))[1]:
             return False
         self.model.introduce(new)
-        key = (label, finding.structures)
-        if self.model.switch.consider(new.plan, key, expected=old.plan, known=finding.reason):
+        if self.model.switch.consider(
+            new.plan, finding.key, expected=old.plan, known=finding.reason
+        ):
             return False
         self.model.attend()  # to have it told
         self.findings.note(with_figures(finding, self.findings.get(label)))
@@ -245,6 +268,8 @@ class Campaign:
         is_of_tiers = pin is not None and pin.tiers is not None  # some may harm the builder
         if is_of_tiers and self._is_held(finding, plan["backend"], before):
             return
+        is_itself = before is not None and before.label == finding.label and has_run(before)
+        self._before = before if is_itself else None
         self.findings.note(finding)
         gathered = self._gathering = Gathering(self._limits.memory_bytes_max)
         assert self._means.link is not None
@@ -336,7 +361,7 @@ class Campaign:
         """Has the switch decide. `known`: why no trial is needed; `runs`: see `judged`."""
         model, switch = self.model, self.model.switch
         self.findings.note(finding)
-        key = self._judged = (finding.label, finding.structures)  # what a back-off is about
+        key = finding.key
         model.forget_candidates()  # those that lost
         model.introduce(new)
         waited_s, latency_s = 0.0, None if known else self._latency_s()
@@ -355,17 +380,10 @@ class Campaign:
                 continue
             waited_s += RETRY_S
             yield RETRY_S
-        self._verdict = Future()
+        self._judged, self._verdict = (finding, runs), Future()
         model.attend()
-        outcome: Outcome = yield self._verdict
+        yield self._verdict
         self._verdict = None
-        finding = judged(finding, outcome, runs=runs)
-        if outcome.decision != "published":
-            self.findings.note(finding)
-        else:
-            self.findings.choose(finding)
-            # By a trial, or step by step: what was not proven is among the steps that were compared
-            self._means.supply.prove(finding.family, finding.structures)
 
     # -- helpers
 

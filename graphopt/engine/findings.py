@@ -58,6 +58,11 @@ class Finding:
     against: str = ""
     family: str = ""
 
+    @property
+    def key(self) -> tuple[str, frozenset[str]]:
+        """What a verdict about it, and a back-off, is about."""
+        return (self.label, self.structures)
+
     def stands_for(self, blocks: Iterable[str], shapes: Iterable[str]) -> bool:
         """Whether the conclusion holds for a plan of blocks of these structures and shape variants."""
         wanted = set(blocks)

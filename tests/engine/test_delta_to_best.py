@@ -12,10 +12,12 @@ import torch
 
 import graphopt
 from graphopt.delta import AddNode, Delta, Rewire, SetAttr
+from graphopt.engine.better_path import BetterPath
 from graphopt.engine.campaign import Campaign
 from graphopt.engine.engine import Engine
+from graphopt.engine.findings import Finding, Findings
 from graphopt.executor.step_trial import StepTrial
-from graphopt.executor.switch import Switch
+from graphopt.executor.switch import Outcome, Switch
 from graphopt.executor.trial import TrialResult
 from graphopt.graph import Ref
 from helpers.graphs import transformer
@@ -250,4 +252,60 @@ def test_a_layer_comes_back_where_taking_in_a_calm_place_is_no_gain(
     published = of(said, "plan.published", engine.revision)
     assert [f["cause"] for f in published if "cause" in f] == ["known_cost"]
     assert findings.chosen.label == around
+    check_answers(engine)
+
+
+def test_a_delta_right_after_a_publication_finds_the_way_that_runs(
+    engine: Engine, said: Said, monkeypatch: pytest.MonkeyPatch
+):
+    """The campaign that published it is ended before it goes on; so is one that was still building."""
+    findings = engine.host.better.findings("transformer")
+    tell = BetterPath._tell
+    left = [4, 2]
+
+    def tell_and_edit(self: BetterPath, course: Any, outcome: Outcome) -> None:
+        tell(self, course, outcome)
+        if outcome.decision == "published" and left:
+            layer = left.pop()
+            edit(engine, layer, 1.25 + layer)  # as if it came in that moment
+
+    monkeypatch.setattr(BetterPath, "_tell", tell_and_edit)
+    edit(engine, 0)
+    assert engine.settle(SETTLED_S)
+    assert (left, engine.revision) == ([], 4)
+    assert findings.chosen is not None
+    assert findings.chosen.label == LAYERED
+    causes = [f["cause"] for n, f in said if n == "plan.published" and "cause" in f]
+    assert causes == ["known_cost"] * 3
+    check_answers(engine)
+
+
+@pytest.mark.parametrize("state", ["building", "on trial"])
+def test_what_ran_is_known_to_run_when_a_delta_ends_the_campaign_under_way(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, state: str
+):
+    findings = engine.host.better.findings("transformer")
+    note: Callable[..., None] = Findings.note
+    left = [2]
+
+    def note_and_edit(self: Findings, finding: Finding) -> None:
+        note(self, finding)
+        if finding.state == state and left:
+            edit(engine, left.pop(), 1.75)
+
+    monkeypatch.setattr(Findings, "note", note_and_edit)
+    edit(engine, 0)
+    before: list[Finding | None] = []
+    precedent = Campaign._precedent
+    monkeypatch.setattr(
+        Campaign,
+        "_precedent",
+        lambda self, plan: before.append(precedent(self, plan)) or before[-1],
+    )
+    assert engine.settle(SETTLED_S)
+    assert left == []
+    assert findings.chosen is not None
+    assert before[-1] is not None
+    assert before[-1].state == "chosen"
+    assert len(engine.model.arrangement.overlays) == 7
     check_answers(engine)
