@@ -100,10 +100,13 @@ class Boundaries:
         """
         starts = [step.block for step in version.plan.steps if step.block in blocks]
         for request, env, symbols in islice(self._bound(version, files), SAMPLES_MAX):
-            for block in starts:
-                if not is_wanted():
-                    return
-                self._edge(version.plan, block, request, env, symbols)
+            with suppress(
+                Exception
+            ):  # of a request that the new revision cannot serve; the job says so
+                for block in starts:
+                    if not is_wanted():
+                        return
+                    self._edge(version.plan, block, request, env, symbols)
 
     def _bound(
         self, version: Version, files: Iterable[Path]

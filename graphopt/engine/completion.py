@@ -36,6 +36,4 @@ def completed(plan: Proposal, chosen: Finding, published: Arrangement) -> Propos
     is_more = any(each not in kept and each not in lacking for each in plan["regions"])
     if not kept or not lacking or not is_more:
         return None
-    return {
-        **plan, "label": chosen.label, "family": chosen.family, "regions": [*kept, *lacking],
-    }  # fmt: skip
+    return {**plan, "label": chosen.label, "regions": [*kept, *lacking]}

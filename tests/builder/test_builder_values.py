@@ -152,6 +152,19 @@ def test_what_was_looked_up_ahead_is_there_for_the_next_edit(told: Told) -> None
     assert at.steps_run == n_run + 1
 
 
+def test_a_request_that_fails_is_passed_over_when_looking_ahead(told: Told) -> None:
+    feeds = feeds_of(told.graph, SIZES)
+    bad = write_inputs({**feeds, "input_ids": feeds["input_ids"] + 10_000}, told.folder)
+    good = write_inputs(feeds, told.folder)
+    at, blocks = Boundaries(), blocks_of(told.graph)
+    version = told.table.current("m")
+    assert version is not None
+    at.look_ahead(version, set(blocks[1:]), [bad, good], lambda: True)
+    n_run = at.steps_run
+    sample_of(told, at, blocks[-1], good)
+    assert at.steps_run == n_run
+
+
 def test_looking_ahead_ends_as_soon_as_there_is_something_to_do(told: Told) -> None:
     file = write_inputs(feeds_of(told.graph, SIZES), told.folder)
     at, blocks = Boundaries(), blocks_of(told.graph)
