@@ -100,9 +100,7 @@ class Boundaries:
         """
         starts = [step.block for step in version.plan.steps if step.block in blocks]
         for request, env, symbols in islice(self._bound(version, files), SAMPLES_MAX):
-            with suppress(
-                Exception
-            ):  # of a request that the new revision cannot serve; the job says so
+            with suppress(Exception):  # the request's fault, and the next job says so
                 for block in starts:
                     if not is_wanted():
                         return
