@@ -308,5 +308,10 @@ def _start(path: Path, *arguments: str) -> "subprocess.Popen[bytes]":
     stdin = subprocess.PIPE if "-" in arguments else subprocess.DEVNULL
     return subprocess.Popen(
         [*COMMAND, "--socket", str(path), *arguments], env=ENVIRON,
-        stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=_as_in_a_terminal,
     )  # fmt: skip
+
+
+def _as_in_a_terminal() -> None:
+    """A shell starts what is to run in the background with interrupts ignored, and so do its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
