@@ -29,9 +29,8 @@ from graphopt.executor.threads import LoneThread
 
 QUEUE_MAX = 64  # jobs waiting; the engine sends far fewer ahead
 BEAT_S = 1.0
-CALM_S = (
-    2.0  # after a job, before it looks ahead: what was built is compared and published meanwhile
-)
+# After a job, before it looks ahead: what was built is compared and published meanwhile
+CALM_S = 2.0
 STARTS_KEPT = 64  # of a model: a region each for as many layers
 _CHUNK_BYTES = 1 << 16
 
@@ -60,9 +59,8 @@ class Server:
         self._writing = threading.Lock()
         self._beating = threading.Condition()
         self._at_work: tuple[int, str] | None = None  # job and stage
-        self._starts: dict[
-            str, OrderedDict[str, None]
-        ] = {}  # by model: first blocks of what was built
+        # By model: the first blocks of what was built
+        self._starts: dict[str, OrderedDict[str, None]] = {}
         self._takers: dict[str, Callable[[Message], None]] = {
             "model": self._take_state,
             "delta": self._take_state,
@@ -216,9 +214,11 @@ class Server:
         if len(starts) > STARTS_KEPT:
             starts.popitem(last=False)
         with self._wake:
-            is_wanted = self._wake.wait_for(lambda: self._queue, CALM_S)
+            has_job = self._wake.wait_for(lambda: self._queue, CALM_S)
             version, files = self._models.current(name), self._models.samples(name)
-        if version is not None and not is_wanted:
+            if version is None:
+                self._starts.pop(name, None)  # unloaded meanwhile
+        if version is not None and not has_job:
             self._workshop.boundaries.look_ahead(version, starts, files, lambda: not self._queue)
 
     def _say_trial(self, trial: Trial | None) -> None:

@@ -254,7 +254,7 @@ class Campaign:
         ):
             return False
         self.model.attend()  # to have it told
-        self.findings.note(with_figures(finding, self.findings.get(label)))
+        self.findings.choose(with_figures(finding, self.findings.get(label)))
         return True
 
     def _pursue(self, plan: Mapping[str, Any], facts: Facts) -> Waiting:
@@ -268,6 +268,7 @@ class Campaign:
         is_of_tiers = pin is not None and pin.tiers is not None  # some may harm the builder
         if is_of_tiers and self._is_held(finding, plan["backend"], before):
             return
+        self._put_back()  # where nothing came of the one before
         is_itself = before is not None and before.label == finding.label and has_run(before)
         self._before = before if is_itself else None
         self.findings.note(finding)
@@ -314,8 +315,9 @@ class Campaign:
             known = "it won with regions of this structure before"
         elif is_alike(facts, finding, before, keyed, proven):
             known = yield from compare_steps(
-                self.model, begun, new.plan, proven, self._means.others_serve, self._means.now_s
-            )
+                self.model, begun, new.plan, {(plan["backend"], key) for key in proven},
+                self._means.others_serve, self._means.now_s,
+            )  # fmt: skip
         del begun  # a judgement takes long, and its values are large
         runs = (
             before is not None
@@ -480,6 +482,7 @@ class Campaign:
 
     def _conclude(self, facts: Facts) -> None:
         """Everything proposed was looked at: what runs is remembered, and what lies under it goes."""
+        self._put_back()
         chosen = self.findings.chosen
         published = self.model.arrangement_of(facts)
         self._means.costs.measure(self.model, facts, published)

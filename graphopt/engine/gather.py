@@ -62,7 +62,7 @@ def gather(
     supply: Supply,
     keyed: Keyed,
     into: Gathering,
-    meanwhile: Callable[[Keyed], None] = lambda missing: None,
+    meanwhile: Callable[[Keyed], None],
 ) -> "Generator[Future[Answer], Answer, None]":
     """A coroutine that waits for the builder and fills `into`; it ends early where that is too large.
 

@@ -12,7 +12,7 @@ from graphopt.engine.improve import Waiting
 from graphopt.engine.live import LiveModel
 from graphopt.executor.idle_trial import ALONE_S, BESIDE_SHARE
 from graphopt.executor.plan import Plan
-from graphopt.executor.step_trial import Beginnings, StepTrial
+from graphopt.executor.step_trial import Beginnings, StepTrial, TierAndKey
 from graphopt.executor.trial import ACCEPTANCE, Trial
 
 PATIENCE_S = 2.0  # without another pair: then requests decide, in a trial
@@ -26,7 +26,7 @@ def compare_steps(
     model: LiveModel,
     beginnings: Beginnings,
     new: Plan,
-    proven: Set[str],
+    proven: Set[TierAndKey],
     others_serve: Callable[[LiveModel], bool],
     now_s: Callable[[], float],
 ) -> Waiting:
@@ -36,7 +36,7 @@ def compare_steps(
         model: whose plans they are.
         beginnings: of the published plan, on one input of each shape.
         new: warm.
-        proven: structure keys of steps that won before.
+        proven: of steps that won before.
         others_serve: whether models other than the one it is given have requests.
         now_s: monotonic clock.
     """

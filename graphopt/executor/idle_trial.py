@@ -54,7 +54,8 @@ class IdleTrial:
         self._traffic = traffic
         self._now_s = monotonic_s
         self._turn = 0
-        self._ran: bool | None = None  # which plan ran last, with nothing in between
+        # In which shape which plan ran last, with nothing in between
+        self._ran: tuple[Bucket, bool] | None = None
         self._compared: set[Bucket] = set()
         self._inputs: dict[Bucket, list[Inputs]] = {}
         for captured in inputs:
@@ -89,21 +90,20 @@ class IdleTrial:
         begun = self._traffic.mark()
         block = self._trial.settings.block
         first = self._trial.is_candidate(self._turn * 2 * block)
+        ran, self._ran = self._ran, None
         for is_candidate in (first, not first):
             # The last of a block counts, as with live requests; behind runs of its own plan, the first
-            for _ in range(1 if self._ran is is_candidate else block):
+            for _ in range(1 if ran == (bucket, is_candidate) else block):
                 if self._is_disturbed(begun):
-                    self._ran = None
                     return False
                 try:
                     took_s[is_candidate], answers[is_candidate] = self._time(is_candidate, captured)
                 except Exception as error:
-                    self._ran = None
                     return self._failed(is_candidate, bucket, captured, error)
-                self._ran = is_candidate
+                ran = bucket, is_candidate
         if self._is_disturbed(begun):
-            self._ran = None
             return False
+        self._ran = ran
         self._turn += 1
         if bucket not in self._compared:
             self._compared.add(bucket)

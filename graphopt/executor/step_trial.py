@@ -4,7 +4,8 @@ A plan with one new layer of twelve differs from the published one by a few perc
 of whole requests can tell on a busy host. Here every stretch in which the two plans differ starts from
 the values that it reads in a request, computed once, and is timed by itself; the pairs, the judge and
 the way to a request's side are those of an idle trial. A stretch that occurs in several places is
-timed in one, and one of steps that have won before in none.
+timed in one, and one of steps that have won before in none. What is not timed is not compared here
+either: it was verified where it was built.
 
 Deliberately absent: what a whole request takes, which the watch learns from requests.
 """
@@ -17,6 +18,9 @@ import torch
 from graphopt.executor.idle_trial import IdleTrial, Inputs, Traffic
 from graphopt.executor.plan import Plan, Step, run_steps
 from graphopt.executor.trial import Trial
+
+TierAndKey = tuple[str, str]
+"""What a step that has won is told by: a structure that won on a runtime has not won on another tier."""
 
 
 class Stretch(NamedTuple):
@@ -66,7 +70,7 @@ class StepTrial(IdleTrial):
         candidate: Plan,
         traffic: Traffic,
         monotonic_s: Callable[[], float],
-        proven: Set[str] = frozenset(),
+        proven: Set[TierAndKey] = frozenset(),
     ) -> None:
         """Does not run anything yet.
 
@@ -76,8 +80,8 @@ class StepTrial(IdleTrial):
             candidate: the plan on trial.
             traffic: the requests, which come first.
             monotonic_s: clock.
-            proven: structure keys of steps that have nothing to show any more. Without a stretch
-                left to be timed there is nothing to run.
+            proven: of steps that have nothing to show any more. Without a stretch left to be timed
+                there is nothing to run.
         """
         current = beginnings.plan
         super().__init__(trial, current, candidate, beginnings.inputs, traffic, monotonic_s)
@@ -104,11 +108,11 @@ class StepTrial(IdleTrial):
         return took_s, answers
 
 
-def unproven(old: Sequence[Step], new: Sequence[Step], proven: Set[str]) -> list[Stretch]:
+def unproven(old: Sequence[Step], new: Sequence[Step], proven: Set[TierAndKey]) -> list[Stretch]:
     """The stretches in which the plans differ and some new step has not won yet, each kind once."""
     found: dict[tuple[tuple[str, ...], ...], Stretch] = {}
     for stretch in stretches(old, new):
-        if any(step.key not in proven for step in stretch.new):
+        if any((step.tier, step.key) not in proven for step in stretch.new):
             kind = tuple(
                 (step.key, step.tier, step.options) for step in (*stretch.old, *stretch.new)
             )

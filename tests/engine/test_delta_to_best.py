@@ -16,6 +16,8 @@ from graphopt.engine.better_path import BetterPath
 from graphopt.engine.campaign import Campaign
 from graphopt.engine.engine import Engine
 from graphopt.engine.findings import Finding, Findings
+from graphopt.engine.gather import Gathering
+from graphopt.executor.guard import Hysteresis
 from graphopt.executor.step_trial import StepTrial
 from graphopt.executor.switch import Outcome, Switch
 from graphopt.executor.trial import TrialResult
@@ -261,18 +263,21 @@ def test_a_delta_right_after_a_publication_finds_the_way_that_runs(
     """The campaign that published it is ended before it goes on; so is one that was still building."""
     findings = engine.host.better.findings("transformer")
     tell = BetterPath._tell
-    left = [4, 2]
+    left, ran = [4.0, 3.0], set[str]()
 
     def tell_and_edit(self: BetterPath, course: Any, outcome: Outcome) -> None:
         tell(self, course, outcome)
         if outcome.decision == "published" and left:
-            layer = left.pop()
-            edit(engine, layer, 1.25 + layer)  # as if it came in that moment
+            ran.update(overlay.step.key for overlay in engine.model.arrangement.overlays)
+            # As if it came in that moment, and to the same place: no later plan has that region
+            engine.apply(Delta([SetAttr("scaled.0", "other", left.pop())]))
 
     monkeypatch.setattr(BetterPath, "_tell", tell_and_edit)
+    monkeypatch.setattr("graphopt.engine.churn.RESTLESS_EDITS", 9)
     edit(engine, 0)
     assert engine.settle(SETTLED_S)
     assert (left, engine.revision) == ([], 4)
+    assert ran <= engine.host.better.supply.proven(LAYERED)
     assert findings.chosen is not None
     assert findings.chosen.label == LAYERED
     causes = [f["cause"] for n, f in said if n == "plan.published" and "cause" in f]
@@ -309,3 +314,46 @@ def test_what_ran_is_known_to_run_when_a_delta_ends_the_campaign_under_way(
     assert before[-1].state == "chosen"
     assert len(engine.model.arrangement.overlays) == 7
     check_answers(engine)
+
+
+def test_what_runs_is_known_to_run_while_the_builder_has_no_answer(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+):
+    def undecided(*args: Any) -> Iterator[Any]:
+        (into,) = (each for each in args if isinstance(each, Gathering))
+        into.is_decided = False
+        yield 0.0
+
+    findings = engine.host.better.findings("transformer")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("graphopt.engine.campaign.gather", undecided)
+        edit(engine, 0)
+        assert engine.settle(SETTLED_S)
+    assert len(engine.model.arrangement.overlays) == 6
+    assert findings.chosen is not None
+    assert findings.chosen.label == LAYERED
+
+
+def test_what_is_recalled_takes_the_place_of_what_was_chosen(
+    engine: Engine, said: Said, monkeypatch: pytest.MonkeyPatch
+):
+    whole = "openvino whole"
+    consider: Callable[..., str] = Switch.consider
+    monkeypatch.setattr(
+        Campaign, "_is_open", lambda self, plan, facts: plan["label"] in (LAYERED, whole)
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Switch, "consider", lambda *a, **k: consider(*a, **{**k, "known": "forced"}))
+        edit(engine, 0)
+        assert engine.settle(SETTLED_S)
+    findings = engine.host.better.findings("transformer")
+    assert {f.label: f.state for f in findings} == {LAYERED: "replaced", whole: "chosen"}
+    monkeypatch.setattr(Campaign, "_is_open", lambda self, plan, facts: False)
+    # As if the watch of the whole graph had ended a while ago
+    engine.model.switch.cancel("watched")
+    monkeypatch.setattr(Hysteresis, "why_not", lambda self, key, now_s: "")
+    engine.rollback(1)
+    assert engine.settle(SETTLED_S)
+    first = of(said, "plan.published", 3)[0]
+    assert first["reason"] == "chosen before for this graph"
+    assert {f.label: f.state for f in findings} == {LAYERED: "chosen", whole: "replaced"}

@@ -17,9 +17,9 @@ from graphopt.executor.plan import Plan, Step
 from graphopt.executor.publish import Slot
 from graphopt.executor.step_trial import Beginnings, StepTrial, parting, stretches, unproven
 from graphopt.executor.trial import ACCEPTANCE, Trial
-from graphopt.graph import Graph, Ref
+from graphopt.graph import Graph, Node, Ref, Symbol
 from graphopt.types import TensorType
-from helpers.graphs import Builder
+from helpers.graphs import BATCH, Builder
 
 LENGTH = 12
 X = {"x": torch.tensor([-1.0, 2.0])}
@@ -175,8 +175,16 @@ def test_a_stretch_is_timed_once_for_each_kind_and_not_where_its_steps_have_won(
     keyed = [dataclasses.replace(step, key=f"key.{i % 3}") for i, step in enumerate(BASE.steps)]
     new = [dataclasses.replace(step, tier="runtime") for step in keyed]
     assert [each.first for each in unproven(keyed, new, frozenset())] == [0, 1, 2]
-    assert [each.first for each in unproven(keyed, new, {"key.0", "key.2"})] == [1]
-    assert unproven(keyed, new, {"key.0", "key.1", "key.2"}) == []
+    won = {("runtime", f"key.{i}") for i in range(3)}
+    assert [each.first for each in unproven(keyed, new, won - {("runtime", "key.1")})] == [1]
+    assert unproven(keyed, new, won) == []
+
+
+def test_what_won_on_a_runtime_has_not_won_on_the_live_path() -> None:
+    """A region that does not load any more: its blocks fall back to steps of the same structure."""
+    old = [dataclasses.replace(step, tier="runtime", key=step.block) for step in BASE.steps]
+    new = [dataclasses.replace(old[0], tier="eager"), *old[1:]]
+    assert [each.first for each in unproven(old, new, {("runtime", old[0].key)})] == [0]
 
 
 def test_what_won_before_is_left_out_of_the_comparison() -> None:
@@ -188,7 +196,7 @@ def test_what_won_before_is_left_out_of_the_comparison() -> None:
     )  # fmt: skip
     current = plan(clock, dict.fromkeys(range(LENGTH), 0.01), base=base)
     candidate = plan(clock, {**dict.fromkeys(range(5), 0.05), 7: 0.005}, base=current)
-    result = by_steps(clock, current, candidate, {f"key.{i}" for i in range(5)})
+    result = by_steps(clock, current, candidate, {("eager", f"key.{i}") for i in range(5)})
     assert result is not None
     assert (result.verdict, result.ratio) == ("better", pytest.approx(0.5))
 
@@ -217,3 +225,31 @@ def test_a_run_behind_its_own_plan_needs_no_other_to_warm_up() -> None:
     trial = Trial(current.id, candidate.id, settings)
     StepTrial(trial, Beginnings(current, [X]), candidate, Slot(current, clock), clock).run()
     assert "".join(runs) in ("aabbbaa", "bbaaabb")
+
+
+def test_a_run_in_another_shape_warms_nothing_up() -> None:
+    """Of four pairs that take turns in two shapes, each block is of two runs."""
+    graph = Graph.build(
+        "chain", [Node("y", "aten.relu.default", (Ref("x"),))],
+        [("x", TensorType("f32", (BATCH,)))], [("y", Ref("y"))], {}, None, (Symbol("batch"),),
+    )  # fmt: skip
+    base, clock, runs = build_plan(analyse(graph), 1, EagerBuilder()), Clock(), []
+
+    def arm(name: str) -> Plan:
+        def run(x: torch.Tensor, *_: int) -> torch.Tensor:
+            runs.append((name, len(x)))
+            clock.now_s += 0.01
+            return torch.relu(x)
+
+        steps = (dataclasses.replace(base.steps[-1], function=run),)
+        return Plan(graph, 1, (*base.steps[:-1], *steps), base.digest + ord(name))
+
+    current, candidate = arm("a"), arm("b")
+    trial = Trial(
+        current.id, candidate.id, dataclasses.replace(SETTINGS, pairs_max=4, gives_up=False)
+    )
+    inputs = [{"x": torch.ones(3)}, {"x": torch.ones(5)}]
+    IdleTrial(trial, current, candidate, inputs, Slot(current, clock), clock).run()
+    blocks = [(key, len(list(group))) for key, group in itertools.groupby(runs)]
+    assert len(blocks) == 8
+    assert {length for _, length in blocks} == {2}
