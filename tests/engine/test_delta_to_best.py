@@ -3,7 +3,7 @@ and is compared by itself: no trial could tell one layer from many.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from graphopt.graph import Ref
 from helpers.graphs import transformer
 
 SETTLED_S = 120.0  # of a broken test; a good one takes seconds
-LAYERED = "openvino layers"
+LAYERED, WHOLE = "openvino layers", "openvino whole"
 REQUEST = {
     "input_ids": torch.arange(12).reshape(1, 12) % 16,
     "attention_mask": torch.ones(1, 12, dtype=torch.int64),
@@ -37,6 +37,29 @@ Said = list[tuple[str, Mapping[str, Any]]]
 @pytest.fixture
 def said() -> Said:
     return []
+
+
+@contextmanager
+def winning() -> Iterator[None]:
+    """Every plan that is put together is published, as if it had won its trial."""
+    consider: Callable[..., str] = Switch.consider
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Switch, "consider", lambda *a, **k: consider(*a, **{**k, "known": "forced"}))
+        yield
+
+
+def settle_on_the_whole(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Findings:
+    """Edits the first layer; after that a region of everything runs, and the layers ran before."""
+    monkeypatch.setattr(
+        Campaign, "_is_open", lambda self, plan, facts: plan["label"] in (LAYERED, WHOLE)
+    )
+    with winning():
+        edit(engine, 0)
+        assert engine.settle(SETTLED_S)
+    findings = engine.host.better.findings("transformer")
+    assert {f.label: f.state for f in findings} == {LAYERED: "replaced", WHOLE: "chosen"}
+    assert len(engine.model.arrangement.overlays) == 1
+    return findings
 
 
 @pytest.fixture
@@ -52,15 +75,14 @@ def engine(said: Said, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
         backends=("openvino",),
         events=lambda name, fields: said.append((name, dict(fields))),
     )
-    consider: Callable[..., str] = Switch.consider
     with ExitStack() as stack:
-        patch = stack.enter_context(pytest.MonkeyPatch.context())
-        patch.setattr(Switch, "consider", lambda *a, **k: consider(*a, **{**k, "known": "forced"}))
+        forced = stack.enter_context(ExitStack())
+        forced.enter_context(winning())
         engine = stack.enter_context(graphopt.Engine(transformer(6), settings))
         for _ in range(20):
             engine.run(REQUEST)
         assert engine.settle(SETTLED_S)
-        patch.undo()
+        forced.close()
         (found,) = engine.host.better.findings("transformer")
         assert (found.label, found.state) == (LAYERED, "chosen")
         engine.host.better.supply.prove(LAYERED, found.structures)
@@ -192,7 +214,6 @@ def test_after_a_whole_graph_the_layers_come_back_by_the_new_one_alone(
     """An edit takes the region of everything away. The layers won before it did: those that the edit
     left alone have nothing to show again, and a trial of whole requests would take as many of them.
     """
-    whole = "openvino whole"
     timed: list[int] = []
     make: Callable[..., None] = StepTrial.__init__
 
@@ -200,17 +221,7 @@ def test_after_a_whole_graph_the_layers_come_back_by_the_new_one_alone(
         make(self, *args)
         timed.append(len(self.stretches))
 
-    monkeypatch.setattr(
-        Campaign, "_is_open", lambda self, plan, facts: plan["label"] in (LAYERED, whole)
-    )
-    consider: Callable[..., str] = Switch.consider
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Switch, "consider", lambda *a, **k: consider(*a, **{**k, "known": "forced"}))
-        edit(engine, 0)
-        assert engine.settle(SETTLED_S)
-    findings = engine.host.better.findings("transformer")
-    assert {f.label: f.state for f in findings} == {LAYERED: "replaced", whole: "chosen"}
-    assert len(engine.model.arrangement.overlays) == 1
+    settle_on_the_whole(engine, monkeypatch)
     monkeypatch.setattr(StepTrial, "__init__", counting)
     edit(engine, 3, 1.5)
     assert not engine.model.arrangement.overlays
@@ -229,10 +240,8 @@ def test_a_layer_comes_back_where_taking_in_a_calm_place_is_no_gain(
     of another layer must be built all the same.
     """
     around = f"{LAYERED} around edits"
-    consider: Callable[..., str] = Switch.consider
     monkeypatch.setattr(Campaign, "_is_open", lambda self, plan, facts: plan["family"] == LAYERED)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Switch, "consider", lambda *a, **k: consider(*a, **{**k, "known": "forced"}))
+    with winning():
         for factor in (1.5, 1.6, 1.7):
             value = "layer.3/gelu"
             readers = tuple(engine.model.graph.users[value])
@@ -337,17 +346,7 @@ def test_what_runs_is_known_to_run_while_the_builder_has_no_answer(
 def test_what_is_recalled_takes_the_place_of_what_was_chosen(
     engine: Engine, said: Said, monkeypatch: pytest.MonkeyPatch
 ):
-    whole = "openvino whole"
-    consider: Callable[..., str] = Switch.consider
-    monkeypatch.setattr(
-        Campaign, "_is_open", lambda self, plan, facts: plan["label"] in (LAYERED, whole)
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Switch, "consider", lambda *a, **k: consider(*a, **{**k, "known": "forced"}))
-        edit(engine, 0)
-        assert engine.settle(SETTLED_S)
-    findings = engine.host.better.findings("transformer")
-    assert {f.label: f.state for f in findings} == {LAYERED: "replaced", whole: "chosen"}
+    findings = settle_on_the_whole(engine, monkeypatch)
     monkeypatch.setattr(Campaign, "_is_open", lambda self, plan, facts: False)
     # As if the watch of the whole graph had ended a while ago
     engine.model.switch.cancel("watched")
@@ -356,4 +355,4 @@ def test_what_is_recalled_takes_the_place_of_what_was_chosen(
     assert engine.settle(SETTLED_S)
     first = of(said, "plan.published", 3)[0]
     assert first["reason"] == "chosen before for this graph"
-    assert {f.label: f.state for f in findings} == {LAYERED: "chosen", whole: "replaced"}
+    assert {f.label: f.state for f in findings} == {LAYERED: "chosen", WHOLE: "replaced"}
