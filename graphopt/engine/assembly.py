@@ -1,6 +1,6 @@
 """From artifacts to overlays: which function a runtime region gets, put together for every shape.
 
-Deliberately absent: where artifacts come from (`campaign`), and whether the result is any better.
+Deliberately absent: where artifacts come from (`gather`), and whether the result is any better.
 """
 
 import json

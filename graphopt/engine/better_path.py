@@ -21,12 +21,13 @@ from graphopt.costs.model import CostModel
 from graphopt.delta import Delta
 from graphopt.engine.builder_files import BlobConstants, ScratchConstants
 from graphopt.engine.builder_link import BuilderLink, BuilderSettings, BuilderStatus
-from graphopt.engine.campaign import Campaign, Means
+from graphopt.engine.campaign import Campaign
 from graphopt.engine.costs import Costs
 from graphopt.engine.findings import Findings
 from graphopt.engine.improve import FusedStage
 from graphopt.engine.live import Clocks, LiveModel
 from graphopt.engine.pins import LIVE_TIERS, Pin, Pins, check_tiers
+from graphopt.engine.pursuit import Means
 from graphopt.engine.records import EngineSettings
 from graphopt.engine.shelf import Shelf
 from graphopt.engine.supply import Supply

@@ -1,7 +1,10 @@
 """What the recorded latencies say about a model's traffic: which shapes are hot, how long a request takes."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 
+from graphopt.engine.findings import Findings
+from graphopt.engine.live import LiveModel
 from graphopt.executor.binding import bucket_symbols
 from graphopt.executor.publish import Slot
 
@@ -42,3 +45,14 @@ def request_seconds(slot: Slot) -> float | None:
     """The median of a request of the published plan in the shape it has run most; None without one."""
     found = slot.latencies.by_bucket(slot.plan.id).values()
     return max(found, key=lambda each: each.requests).median_s if found else None
+
+
+def latency_of(model: LiveModel, findings: Findings) -> float | None:
+    """What a request takes, in seconds: of the plan that runs, else of the last one that was tried."""
+    found, chosen = request_seconds(model.slot), findings.chosen
+    if found is None and chosen is not None:
+        found = chosen.latency_s
+    if found is None and not model.slot.is_busy():
+        with suppress(Exception):  # a made-up input may be one that the model cannot take
+            found = model.time_once(model.inputs_to_try()[0])
+    return found

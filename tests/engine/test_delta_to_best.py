@@ -13,10 +13,10 @@ import torch
 import graphopt
 from graphopt.delta import AddNode, Delta, Rewire, SetAttr
 from graphopt.engine.better_path import BetterPath
-from graphopt.engine.campaign import Campaign
 from graphopt.engine.engine import Engine
 from graphopt.engine.findings import Finding, Findings
 from graphopt.engine.gather import Gathering
+from graphopt.engine.prospects import Prospects
 from graphopt.executor.guard import Hysteresis
 from graphopt.executor.step_trial import StepTrial
 from graphopt.executor.switch import Outcome, Switch
@@ -50,9 +50,7 @@ def winning() -> Iterator[None]:
 
 def settle_on_the_whole(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Findings:
     """Edits the first layer; after that a region of everything runs, and the layers ran before."""
-    monkeypatch.setattr(
-        Campaign, "_is_open", lambda self, plan, facts: plan["label"] in (LAYERED, WHOLE)
-    )
+    monkeypatch.setattr(Prospects, "is_open", lambda self, plan: plan["label"] in (LAYERED, WHOLE))
     with winning():
         edit(engine, 0)
         assert engine.settle(SETTLED_S)
@@ -68,8 +66,9 @@ def engine(said: Said, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
     other plan is looked at.
     """
     torch.set_num_threads(1)
-    monkeypatch.setattr(Campaign, "_latency_s", lambda self: 1.0)
-    monkeypatch.setattr(Campaign, "_is_open", lambda self, plan, facts: plan["label"] == LAYERED)
+    for module in ("campaign", "pursuit"):
+        monkeypatch.setattr(f"graphopt.engine.{module}.latency_of", lambda *args: 1.0)
+    monkeypatch.setattr(Prospects, "is_open", lambda self, plan: plan["label"] == LAYERED)
     settings = graphopt.EngineSettings(
         intra_op=1,
         backends=("openvino",),
@@ -174,7 +173,7 @@ def test_what_runs_stays_chosen_when_its_new_layer_is_no_gain(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ):
     """Else each delta would leave one more layer behind: the next one asks for both again."""
-    monkeypatch.setattr("graphopt.engine.campaign.is_alike", lambda *args: False)
+    monkeypatch.setattr("graphopt.engine.pursuit.is_alike", lambda *args: False)
     monkeypatch.setattr("graphopt.executor.trial.FUTILE_PAIRS", 1)
     monkeypatch.setattr("graphopt.executor.trial.FUTILE_SIGMA", -100.0)
     edit(engine, 3)
@@ -183,7 +182,7 @@ def test_what_runs_stays_chosen_when_its_new_layer_is_no_gain(
     assert found is not None
     assert found.state == "chosen"
     assert len(engine.model.arrangement.overlays) == 6
-    monkeypatch.setattr("graphopt.engine.campaign.has_won", lambda *args: True)
+    monkeypatch.setattr("graphopt.engine.pursuit.has_won", lambda *args: True)
     edit(engine, 1, 1.5)  # other regions than those that are backed off from
     assert engine.settle(SETTLED_S)
     assert len(engine.model.arrangement.overlays) == 7
@@ -240,7 +239,7 @@ def test_a_layer_comes_back_where_taking_in_a_calm_place_is_no_gain(
     of another layer must be built all the same.
     """
     around = f"{LAYERED} around edits"
-    monkeypatch.setattr(Campaign, "_is_open", lambda self, plan, facts: plan["family"] == LAYERED)
+    monkeypatch.setattr(Prospects, "is_open", lambda self, plan: plan["family"] == LAYERED)
     with winning():
         for factor in (1.5, 1.6, 1.7):
             value = "layer.3/gelu"
@@ -252,7 +251,7 @@ def test_a_layer_comes_back_where_taking_in_a_calm_place_is_no_gain(
     assert findings.chosen is not None
     assert findings.chosen.label == around
     left_out = {step.block for step in engine.model.slot.plan.steps if step.tier == "eager"}
-    monkeypatch.setattr(Campaign, "_is_open", lambda self, plan, facts: False)
+    monkeypatch.setattr(Prospects, "is_open", lambda self, plan: False)
     monkeypatch.setattr("graphopt.engine.churn.RESTLESS_S", 0.0)
     monkeypatch.setattr("graphopt.engine.better_path._has_calmed", lambda course: False)
     edit(engine, 1)
@@ -310,10 +309,10 @@ def test_what_ran_is_known_to_run_when_a_delta_ends_the_campaign_under_way(
     monkeypatch.setattr(Findings, "note", note_and_edit)
     edit(engine, 0)
     before: list[Finding | None] = []
-    precedent = Campaign._precedent
+    precedent = Prospects.precedent
     monkeypatch.setattr(
-        Campaign,
-        "_precedent",
+        Prospects,
+        "precedent",
         lambda self, plan: before.append(precedent(self, plan)) or before[-1],
     )
     assert engine.settle(SETTLED_S)
@@ -335,7 +334,7 @@ def test_what_runs_is_known_to_run_while_the_builder_has_no_answer(
 
     findings = engine.host.better.findings("transformer")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("graphopt.engine.campaign.gather", undecided)
+        patch.setattr("graphopt.engine.pursuit.gather", undecided)
         edit(engine, 0)
         assert engine.settle(SETTLED_S)
     assert len(engine.model.arrangement.overlays) == 6
@@ -347,7 +346,7 @@ def test_what_is_recalled_takes_the_place_of_what_was_chosen(
     engine: Engine, said: Said, monkeypatch: pytest.MonkeyPatch
 ):
     findings = settle_on_the_whole(engine, monkeypatch)
-    monkeypatch.setattr(Campaign, "_is_open", lambda self, plan, facts: False)
+    monkeypatch.setattr(Prospects, "is_open", lambda self, plan: False)
     # As if the watch of the whole graph had ended a while ago
     engine.model.switch.cancel("watched")
     monkeypatch.setattr(Hysteresis, "why_not", lambda self, key, now_s: "")
