@@ -51,6 +51,9 @@ class Update:
     regions_gone: frozenset[str]
     weights_changed: frozenset[str]  # blocks whose structure is the same and whose constants differ
     released: frozenset[str]  # other blocks after which other values can be let go
+    # Blocks that are the same and stand in another order among each other
+    moved: frozenset[str] = frozenset()
+    rewired: frozenset[str] = frozenset()  # values that others read than before
 
 
 class Trace:

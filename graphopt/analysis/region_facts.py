@@ -96,7 +96,8 @@ class RegionUpdate:
             released |= self._output_readers(done)
         return Update(
             done, self.trace.reran, frozenset(changed), frozenset(gone), frozenset(weights - changed),
-            frozenset(b for b in released - changed - weights if b in done.regions),
+            frozenset(b for b in released - changed - weights if b in done.regions), blocks.moved,
+            self.change.used,
         )  # fmt: skip
 
     def _other_outputs_read(self, facts: Facts) -> set[str]:

@@ -9,15 +9,14 @@ next edit of it drops nothing else.
 A proposal is a function of the facts and of the document it is given (law 3).
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from graphopt.analysis.blocks import CONTEXT
 from graphopt.analysis.facts import Facts
-from graphopt.analysis.regions import Region
 from graphopt.executor.backend import Backend, Options, backends
 from graphopt.executor.runs import run_region
-from graphopt.planner.layout import Run, around, layer_count, layers, pieces_of, whole
+from graphopt.planner.layout import Run, around, layer_count, layers, whole
+from graphopt.planner.support import supported
 
 LAYER_S_MIN = 1e-3  # a layer worth a region of its own (DESIGN section 7)
 QUICK_S = 2e-3  # a hand-over to another thread and back takes some 10 us
@@ -26,12 +25,9 @@ QUICK_S = 2e-3  # a hand-over to another thread and back takes some 10 us
 HOT_ENOUGH = 0.98
 PLANS_MAX = 8
 PREFERRED = ("openvino", "onnxruntime")  # the order in which they won on most models measured
-VERDICTS_MAX = 4_096  # of a backend on a structure; proposals are made on one thread
-_VERDICTS: dict[Any, tuple[int, ...]] = {}
 
 Document = Mapping[str, Any]
 Extra = tuple[tuple[str, str], ...]
-WhyNot = Callable[[Facts, Region], Mapping[str, str]]  # nodes that are to stay out, with reasons
 
 
 def propose(
@@ -97,11 +93,11 @@ def _ways(facts: Facts, runs: list[Run], backend: Backend) -> dict[tuple[str, ..
     """The pieces of `runs` that the backend can run, and, where they are others, those of what it has
     rules for: what a runtime's own converter writes may well be slower there than on the live path.
     """
-    able = [piece for run in runs for piece in supported(facts, run, backend)]
+    able = [piece for run in runs for piece in supported(facts, run, backend.unsupported)]
     unruled = getattr(backend, "without_rule", None)
     if unruled is None:
         return {(): able}
-    ruled = [piece for run in runs for piece in _supported(facts, run, unruled)]
+    ruled = [piece for run in runs for piece in supported(facts, run, unruled)]
     return {(): able} if ruled in ([], able) else {(): able, ("by rules",): ruled}
 
 
@@ -158,42 +154,6 @@ def _variants(
                 options = Options(choice.threads, choice.streams, sizes, choice.extra)
                 entries.append({"blocks": list(piece), "options": options.document()})
     return variants
-
-
-def supported(facts: Facts, run: Run, backend: Backend) -> list[Run]:
-    """`run` without the blocks that hold a node the backend cannot run: the pieces left of it."""
-    return _supported(facts, run, backend.unsupported)
-
-
-def _supported(facts: Facts, run: Run, why_not: WhyNot) -> list[Run]:
-    homes = {home for id in _bad(facts, run, why_not) if (home := facts.home_of(id))}
-    if CONTEXT in homes:
-        return _supported(facts, run[1:], why_not)
-    return pieces_of(facts, run, homes)
-
-
-def _bad(facts: Facts, run: Run, why_not: WhyNot) -> list[str]:
-    """The nodes of a run that cannot be run. Where each block is fine by itself the run is."""
-    if not any(_verdict(facts, facts.regions[block], why_not) for block in run):
-        return []
-    return _verdict(facts, run_region(facts, run), why_not)
-
-
-def _verdict(facts: Facts, region: Region, why_not: WhyNot) -> list[str]:
-    """The nodes of a region that cannot be run. A structure that repeats is looked at once, and not
-    again when a delta leaves it as it was: the answer depends on it and on the ranges of its symbols.
-    """
-    known = {each.name: (each.min, each.max) for each in facts.graph.symbols}
-    ranges = tuple([known.get(name) for name in region.symbols])
-    key = (why_not, region.key, ranges)
-    found = _VERDICTS.get(key)
-    if found is None:
-        bad = why_not(facts, region)
-        found = tuple(i for i, id in enumerate(region.order) if id in bad)
-        _VERDICTS[key] = found
-        while len(_VERDICTS) > VERDICTS_MAX:
-            del _VERDICTS[next(iter(_VERDICTS))]
-    return [region.order[i] for i in found]
 
 
 def _sizes(symbols: tuple[str, ...], document: Document) -> list[tuple[int, ...] | None]:
