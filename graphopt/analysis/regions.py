@@ -4,10 +4,12 @@ The structure key of a region is a canonical text of its nodes, numbered by a de
 its exits in operand order; operands are ordered, so this takes no isomorphism search. Values from
 outside, constants and symbols are numbered as they are met and described by type alone, so the
 twelve layers of an encoder share one key, and an edit upstream leaves the keys downstream as they
-were.
+were. Regions in a row make one of theirs: its key is that of their keys and of what each reads from
+which, so that it takes the regions and not their nodes.
 """
 
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -49,6 +51,37 @@ def build_region(
     return Region(
         key, tuple(walk.order), tuple(walk.reads), tuple(walk.consts), tuple(walk.symbols), exits
     )
+
+
+def join_regions(parts: Sequence[Region], exits: tuple[Ref, ...]) -> Region:
+    """The region that computes what `parts` do, one after the other.
+
+    Args:
+        parts: what one reads of another is an exit of that one, which comes before it.
+        exits: of theirs, those that are handed out.
+
+    O(parts and what crosses between them), but for the list of nodes.
+    """
+    order: list[str] = []
+    made: dict[Ref, int] = {}
+    reads: dict[Ref, int] = {}
+    consts: dict[str, int] = {}
+    symbols: dict[str, int] = {}
+    # How many numbers a part adds, and what for, its key says
+    numbers = array("q")
+    for part in parts:
+        order += part.order
+        for ref in part.reads:
+            source = made.get(ref)
+            numbers.append(-1 - reads.setdefault(ref, len(reads)) if source is None else source)
+        numbers.extend([consts.setdefault(name, len(consts)) for name in part.consts])
+        numbers.extend([symbols.setdefault(name, len(symbols)) for name in part.symbols])
+        for ref in part.exits:
+            made[ref] = len(made)
+    numbers.extend([made[ref] for ref in exits])
+    text = " ".join(["run", *(part.key for part in parts), ""]).encode()
+    key = blake2b(text + numbers.tobytes(), digest_size=20).hexdigest()
+    return Region(key, tuple(order), tuple(reads), tuple(consts), tuple(symbols), exits)
 
 
 class _Walk:

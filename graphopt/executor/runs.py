@@ -9,11 +9,9 @@ Deliberately absent: whether a run is quicker; that is decided by the builder of
 measurement.
 """
 
-from contextlib import suppress
-
 from graphopt.analysis.blocks import CONTEXT, END, START
 from graphopt.analysis.facts import Facts
-from graphopt.analysis.regions import Region, build_region
+from graphopt.analysis.regions import Region, join_regions
 from graphopt.executor.build import bind_run
 from graphopt.executor.codegen import compile_source, eager_source
 from graphopt.executor.plan import Step
@@ -40,8 +38,6 @@ _JOINS = {
     "aten.pad.default": _CONVOLUTIONS,
     "aten.constant_pad_nd.default": _CONVOLUTIONS,
 }
-KNOWN_MAX = 1_024  # regions of runs, 10 KB each for a layer of a transformer
-_KNOWN: dict[tuple[tuple[Region, ...], tuple[Ref, ...]], Region] = {}
 
 
 def run_of(facts: Facts, block: str) -> tuple[str, ...]:
@@ -77,25 +73,15 @@ def run_region(facts: Facts, run: tuple[str, ...]) -> Region:
     """
     if len(run) == 1:
         return facts.regions[run[0]]
-    inside = set(run)
+    outputs = {ref for _, ref in facts.graph.outputs}
+    parts = [facts.regions[block] for block in run]
     exits: dict[Ref, None] = {}
-    for block in run:
-        for ref in facts.regions[block].exits:
+    for block, part in zip(run, parts, strict=True):
+        for ref in part.exits:
             is_inner = ref.id == block or block == CONTEXT
-            if block == run[-1] or not is_inner or _is_output(facts, ref):
+            if block == run[-1] or not is_inner or ref in outputs:
                 exits[ref] = None
-    # The blocks' regions say what they compute, so together with the exits they say what the run does:
-    # after a delta the runs it did not touch are found, in whichever revision they are asked for.
-    key = (tuple([facts.regions[block] for block in run]), tuple(exits))
-    found = _KNOWN.get(key)
-    if found is None:
-        found = _KNOWN[key] = build_region(
-            facts.graph, facts.type_of, tuple(exits), lambda id: facts.home_of(id) in inside
-        )
-        while len(_KNOWN) > KNOWN_MAX:
-            with suppress(KeyError, RuntimeError):  # another thread was at it too
-                del _KNOWN[next(iter(_KNOWN))]
-    return found
+    return join_regions(parts, tuple(exits))
 
 
 def eager_run(facts: Facts, run: tuple[str, ...]) -> Step:
@@ -105,7 +91,3 @@ def eager_run(facts: Facts, run: tuple[str, ...]) -> Step:
     function = compile_source(source.text(), source.names, f"eager {region.key[:12]}")
     constants = tuple(facts.graph.constants[name].tensor for name in region.consts)
     return bind_run(facts, run, region, "eager", function, constants)
-
-
-def _is_output(facts: Facts, ref: Ref) -> bool:
-    return any(out == ref for _, out in facts.graph.outputs)
