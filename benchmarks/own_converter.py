@@ -37,7 +37,7 @@ from graphopt.executor.fused import FusedBuilder
 from graphopt.executor.plan import Plan, Step, run_plan
 from graphopt.executor.runs import run_of, run_region
 from graphopt.planner.layout import whole
-from graphopt.planner.support import supported
+from graphopt.planner.support import Support
 from graphopt.rewrite import lower
 
 ERROR_MAX = 1e-4  # of the scale; float32 in another order
@@ -87,7 +87,7 @@ def row_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         cut = _laid(facts, base, CuttingBackend(), options, Path(scratch) / "cut")
         begun = time.perf_counter()
-        supported(facts, whole(facts)[0], SplicingBackend().unsupported)
+        Support(facts, SplicingBackend().unsupported).pieces(whole(facts)[0])
         ask_ms = (time.perf_counter() - begun) * 1e3
         spliced = _laid(facts, base, SplicingBackend(), options, Path(scratch) / "spliced")
         ways = {
@@ -131,7 +131,7 @@ def _laid(
     """The plan with the backend's regions over `base`, what it converted, and the number of regions."""
     overlays: list[Overlay] = []
     converted: tuple[str, ...] = ()
-    for run in supported(facts, whole(facts)[0], backend.unsupported):
+    for run in Support(facts, backend.unsupported).pieces(whole(facts)[0]):
         region = run_region(facts, run)
         piece = folder / str(len(overlays))
         piece.mkdir(parents=True)

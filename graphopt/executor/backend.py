@@ -10,7 +10,7 @@ Deliberately absent: which backend is best for a region; that is measured.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -68,7 +68,9 @@ class Options:
 
     def document(self) -> dict[str, Any]:
         """As JSON values; `options_of` reads it back."""
-        return asdict(self)
+        return {
+            "threads": self.threads, "streams": self.streams, "sizes": self.sizes, "extra": self.extra,
+        }  # fmt: skip
 
 
 def options_of(document: Mapping[str, Any]) -> Options:

@@ -9,6 +9,9 @@ Deliberately absent: whether a run is quicker; that is decided by the builder of
 measurement.
 """
 
+from contextlib import suppress
+from operator import is_
+
 from graphopt.analysis.blocks import CONTEXT, END, START
 from graphopt.analysis.facts import Facts
 from graphopt.analysis.regions import Region, join_regions
@@ -38,6 +41,9 @@ _JOINS = {
     "aten.pad.default": _CONVOLUTIONS,
     "aten.constant_pad_nd.default": _CONVOLUTIONS,
 }
+KNOWN_MAX = 1_024  # runs, 10 KB each for a layer of a transformer
+_Outputs = tuple[tuple[str, Ref], ...]
+_KNOWN: dict[tuple[str, ...], tuple[tuple[Region, ...], _Outputs, Region]] = {}
 
 
 def run_of(facts: Facts, block: str) -> tuple[str, ...]:
@@ -73,15 +79,25 @@ def run_region(facts: Facts, run: tuple[str, ...]) -> Region:
     """
     if len(run) == 1:
         return facts.regions[run[0]]
-    outputs = {ref for _, ref in facts.graph.outputs}
-    parts = [facts.regions[block] for block in run]
+    regions, outputs = facts.regions, facts.graph.outputs
+    parts = tuple([regions[block] for block in run])
+    # After a delta the regions of blocks that it left alone are the same objects
+    known = _KNOWN.get(run)
+    if known is not None and known[1] == outputs and all(map(is_, known[0], parts)):
+        return known[2]
+    handed_out = {ref for _, ref in outputs}
     exits: dict[Ref, None] = {}
     for block, part in zip(run, parts, strict=True):
         for ref in part.exits:
             is_inner = ref.id == block or block == CONTEXT
-            if block == run[-1] or not is_inner or ref in outputs:
+            if block == run[-1] or not is_inner or ref in handed_out:
                 exits[ref] = None
-    return join_regions(parts, tuple(exits))
+    region = join_regions(parts, tuple(exits))
+    _KNOWN[run] = (parts, outputs, region)
+    while len(_KNOWN) > KNOWN_MAX:
+        with suppress(KeyError, RuntimeError):  # another thread was at it too
+            del _KNOWN[next(iter(_KNOWN))]
+    return region
 
 
 def eager_run(facts: Facts, run: tuple[str, ...]) -> Step:

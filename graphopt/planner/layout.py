@@ -12,7 +12,7 @@ gains at the sizes where layers pay.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Set
+from collections.abc import Set
 from itertools import pairwise
 
 from graphopt.analysis.blocks import CONTEXT, START
@@ -80,6 +80,8 @@ def whole_run(facts: Facts, blocks: Run, bound: int) -> int:
 def pieces_of(facts: Facts, run: Run, out: Set[str]) -> list[Run]:
     """What is left of `run` without the blocks of `out` and those that run as one step with them."""
     out = {part for block in out if block in facts.regions for part in run_of(facts, block)}
+    if not out:
+        return [run] if node_count(facts, run) >= NODES_MIN else []
     if CONTEXT in out and run[0] == CONTEXT:  # its values are read from outside then
         run = run[1:]
     pieces: list[list[str]] = [[]]
@@ -91,7 +93,7 @@ def pieces_of(facts: Facts, run: Run, out: Set[str]) -> list[Run]:
     if len(pieces) > 1 and run[0] == CONTEXT:  # only a run of everything computes it by itself
         pieces[0].remove(CONTEXT)
     least = NODES_MIN if len(pieces) == 1 else CUT_NODES_MIN
-    return [tuple(piece) for piece in pieces if node_count(facts, piece) >= least]
+    return [piece for each in pieces if each and node_count(facts, piece := tuple(each)) >= least]
 
 
 def around(facts: Facts, runs: list[Run], restless: Set[str]) -> list[Run]:
@@ -100,13 +102,15 @@ def around(facts: Facts, runs: list[Run], restless: Set[str]) -> list[Run]:
     The runs as they are where no restless block is in them, or where too little would be left.
     """
     pieces = [piece for run in runs for piece in pieces_of(facts, run, restless)]
+    if not restless:
+        return pieces
     left, most = (sum(node_count(facts, run) for run in each) for each in (pieces, runs))
     return pieces if left >= AROUND_MIN * most else runs
 
 
-def node_count(facts: Facts, run: Iterable[str]) -> int:
+def node_count(facts: Facts, run: Run) -> int:
     """How many nodes the blocks of a run compute."""
-    return sum(len(facts.regions[block].order) for block in run)
+    return len(run_region(facts, run).order)
 
 
 def layer_count(facts: Facts) -> int:
@@ -138,11 +142,14 @@ def _starts(facts: Facts, blocks: Run) -> list[int]:
     if sum(nodes[key] for key in rest) < REST_NODES_MIN:
         return found
     starts: list[int] = []
+    alike = {key for key in nodes if key == anchor or is_like_anchor(key)}
     for i, key in enumerate(keys):
+        if key not in alike:
+            continue
         is_before_rest = tuple(keys[i + 1 : i + 1 + length]) == rest
         is_behind_layer = bool(starts) and i == starts[-1] + length + 1
         is_behind_rest = is_behind_layer and tuple(keys[i - length : i]) == rest
-        if key == anchor or (is_like_anchor(key) and (is_before_rest or is_behind_rest)):
+        if key == anchor or is_before_rest or is_behind_rest:
             starts.append(i)
     return starts
 

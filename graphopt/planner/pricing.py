@@ -17,7 +17,7 @@ from graphopt.costs.plan_cost import Works
 from graphopt.costs.work import Work
 from graphopt.executor.backend import Backend, Options
 from graphopt.planner.block_table import Prices
-from graphopt.planner.support import is_supported
+from graphopt.planner.support import Support
 
 PRICES_KEPT = 4_096  # structures, about 1 kB each
 CLASSES_AN_OCTAVE = 4  # of footprint: bandwidth changes by a few percent from one to the next
@@ -94,7 +94,7 @@ class Pricing:
             name = way.backend.name
             work = self._works.of(facts, region, self.sizes, name)
             call_s, body_s = self._seconds(work, name, way.options, within)
-            is_able = is_supported(facts, region, way.backend.unsupported)
+            is_able = Support(facts, way.backend.unsupported).takes(region)
             calls.append(call_s)
             bodies.append(body_s if is_able else inf)
         return Prices(live_call_s, live_s, tuple(calls), tuple(bodies), own.footprint_bytes)

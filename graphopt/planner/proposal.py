@@ -10,13 +10,15 @@ A proposal is a function of the facts and of the document it is given (law 3).
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from graphopt.analysis.facts import Facts
+from graphopt.analysis.regions import Region
 from graphopt.executor.backend import Backend, Options, backends
 from graphopt.executor.runs import run_region
 from graphopt.planner.layout import Run, around, layer_count, layers, whole
-from graphopt.planner.support import supported
+from graphopt.planner.support import Support
 
 LAYER_S_MIN = 1e-3  # a layer worth a region of its own (DESIGN section 7)
 QUICK_S = 2e-3  # a hand-over to another thread and back takes some 10 us
@@ -26,8 +28,11 @@ HOT_ENOUGH = 0.98
 PLANS_MAX = 8
 PREFERRED = ("openvino", "onnxruntime")  # the order in which they won on most models measured
 
+CHOICES_MAX = 4_096  # of a backend for a structure; proposals are made on one thread
+
 Document = Mapping[str, Any]
 Extra = tuple[tuple[str, str], ...]
+_CHOICES: dict[Any, dict[Extra, Options]] = {}
 
 
 def propose(
@@ -93,11 +98,13 @@ def _ways(facts: Facts, runs: list[Run], backend: Backend) -> dict[tuple[str, ..
     """The pieces of `runs` that the backend can run, and, where they are others, those of what it has
     rules for: what a runtime's own converter writes may well be slower there than on the live path.
     """
-    able = [piece for run in runs for piece in supported(facts, run, backend.unsupported)]
+    support = Support(facts, backend.unsupported)
+    able = [piece for run in runs for piece in support.pieces(run)]
     unruled = getattr(backend, "without_rule", None)
     if unruled is None:
         return {(): able}
-    ruled = [piece for run in runs for piece in supported(facts, run, unruled)]
+    support = Support(facts, unruled)
+    ruled = [piece for run in runs for piece in support.pieces(run)]
     return {(): able} if ruled in ([], able) else {(): able, ("by rules",): ruled}
 
 
@@ -140,20 +147,39 @@ def _variants(
     facts: Facts, document: Document, pieces: Iterable[Run], backend: Backend, base: Options
 ) -> dict[Extra, list[dict[str, Any]]]:
     """The regions of each way in which the backend can run the pieces."""
-    offers: list[tuple[Run, tuple[str, ...], dict[Extra, Options]]] = []
+    offers: list[tuple[list[str], tuple[str, ...], Mapping[Extra, Options]]] = []
     for piece in pieces:
         region = run_region(facts, piece)
-        choices = {choice.extra: choice for choice in backend.choices(facts, region, base)}
-        offers.append((piece, region.symbols, choices))
+        offers.append((list(piece), region.symbols, _choices(facts, region, backend, base)))
+    entries: dict[
+        tuple[Options, tuple[str, ...]], list[dict[str, Any]]
+    ] = {}  # most pieces are alike
     variants: dict[Extra, list[dict[str, Any]]] = {}
     for extra in dict.fromkeys(extra for _, _, choices in offers for extra in choices):
-        entries = variants[extra] = []
-        for piece, symbols, choices in offers:
+        regions = variants[extra] = []
+        for blocks, symbols, choices in offers:
             choice = choices.get(extra) or next(iter(choices.values()))
-            for sizes in _sizes(symbols, document):
-                options = Options(choice.threads, choice.streams, sizes, choice.extra)
-                entries.append({"blocks": list(piece), "options": options.document()})
+            found = entries.get((choice, symbols))
+            if found is None:
+                found = entries[choice, symbols] = [
+                    replace(choice, sizes=sizes).document() for sizes in _sizes(symbols, document)
+                ]
+            regions += [{"blocks": blocks, "options": options} for options in found]
     return variants
+
+
+def _choices(
+    facts: Facts, region: Region, backend: Backend, base: Options
+) -> Mapping[Extra, Options]:
+    """The backend's choices for a region by what sets them apart; a structure is asked about once."""
+    key = (backend.choices, region.key, base)
+    found = _CHOICES.get(key)
+    if found is None:
+        offered = backend.choices(facts, region, base)
+        found = _CHOICES[key] = {choice.extra: choice for choice in offered}
+        while len(_CHOICES) > CHOICES_MAX:
+            del _CHOICES[next(iter(_CHOICES))]
+    return found
 
 
 def _sizes(symbols: tuple[str, ...], document: Document) -> list[tuple[int, ...] | None]:
