@@ -3,7 +3,7 @@
 The engine's `CostModel`. Deliberately absent: watching the files (the service does), and measuring.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import exp
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from graphopt.costs.work import Work
 from graphopt.engine.fingerprint import host_fingerprint
 from graphopt.executor.backend import Options
 
+GIVEN = "given"  # origin of a coefficient that no file has
 CALIBRATION = "calibration"  # folder in the state folder
 BAND = 1.645  # standard deviations on either side of nine in ten
 
@@ -31,6 +32,7 @@ class HostModel:
 
     def __init__(self, calibration: Path | None = None, operator: Path | None = None) -> None:
         self._calibration, self._operator = calibration, operator
+        self._effective: tuple[Effective, ...] | None = None
         self._take(read_layers(layer_paths(calibration, operator)), Residual())
 
     def predict(self, work: Work, backend: str, options: Options) -> Prediction | None:
@@ -75,7 +77,13 @@ class HostModel:
 
     def effective(self) -> Sequence[Effective]:
         """Every coefficient in force, by name."""
-        return tuple(self.coefficients.effective())
+        if self._effective is None:
+            self._effective = tuple(self.coefficients.effective())
+        return self._effective
+
+    def assume(self, values: Mapping[str, float]) -> None:
+        """Takes these coefficients in place of all files, and forgets what was observed."""
+        self._take(Coefficients(dict(values), dict.fromkeys(values, GIVEN)), Residual())
 
     @property
     def coefficients(self) -> Coefficients:
@@ -84,6 +92,7 @@ class HostModel:
 
     def _take(self, coefficients: Coefficients, learned: Residual) -> None:
         roofline = Roofline(coefficients)
+        self._effective = None
         self._coefficients = coefficients
         self._parts = (roofline, learned.under(roofline))  # one reference: old or new, never both
 

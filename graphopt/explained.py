@@ -23,9 +23,9 @@ STEP_HEAD = (
 )  # fmt: skip
 STEP_NUMBERS = ("blocks", "nodes", "predicted", "measured")
 CANDIDATE_HEAD = (
-    "candidate", "state", "ratio", "latency", "build", "memory", "revision", "why",
+    "candidate", "state", "predicted", "latency", "ratio", "build", "memory", "revision", "why",
 )  # fmt: skip
-CANDIDATE_NUMBERS = ("ratio", "latency", "build", "memory", "revision")
+CANDIDATE_NUMBERS = ("predicted", "latency", "ratio", "build", "memory", "revision")
 
 _HASH_CHARS = 12  # of a hash that people compare at sight
 _PHASES = {
@@ -71,8 +71,9 @@ def candidate_rows(explanation: Record) -> list[tuple[Any, ...]]:
     """Cells of one row a candidate, as `CANDIDATE_HEAD` names them; absent is None."""
     return [
         (
-            row["label"], row["state"], _shown(row["ratio"], "{:.2f}x".format),
-            _shown(row["latency_s"], short_seconds_word), _shown(row["build_s"], short_seconds_word),
+            row["label"], row["state"], _shown(row["predicted_s"], short_seconds_word),
+            _shown(row["latency_s"], short_seconds_word), _shown(row["ratio"], "{:.2f}x".format),
+            _shown(row["build_s"], short_seconds_word),
             _shown(row["resident_bytes"], bytes_word), row["revision"], row["reason"] or None,
         )
         for row in explanation["candidates"]

@@ -28,6 +28,7 @@ from graphopt.text_parser import parse_graph
 VERSIONS_KEPT = (
     4  # of one model: a queued job may be a few revisions behind; they share all but edits
 )
+CHANGES_MAX = 32  # beyond so many a plan is as soon made as repaired
 _C128 = "c128:"  # before the digest of a tensor that is stored as pairs of f64
 
 
@@ -38,11 +39,17 @@ class UnknownRevisionError(GraphoptError):
 
 
 class Version:
-    """One revision of one model; its eager plan is made when somebody first needs it."""
+    """One revision of one model; its eager plan is made when somebody first needs it.
+
+    Attributes:
+        standing: what the planner kept of the last revision that it was asked about, and what led
+            from there to here, oldest first; None where it was not asked, or too long ago.
+    """
 
     def __init__(self, revision: int, facts: Facts, eager: EagerBuilder) -> None:
         self.revision = revision
         self.facts = facts
+        self.standing: tuple[Any, tuple[Update, ...]] | None = None
         self._eager = eager
         self._plan: Plan | None = None
 
@@ -58,6 +65,9 @@ class Version:
         new = Version(revision, change.facts, self._eager)
         if self._plan is not None:
             new._plan = replan(self._plan, change, revision, self._eager)[0]
+        standing = self.standing  # read once: a proposal may be under way
+        if standing is not None and len(standing[1]) < CHANGES_MAX:
+            new.standing = (standing[0], (*standing[1], change))
         return new
 
 

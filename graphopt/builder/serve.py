@@ -229,7 +229,7 @@ class Server:
     def _propose(self, job: _Job) -> None:
         self.say({"say": "started", "job": job.id, "region": "", "weights": "", "version": ""})
         try:
-            proposal = self._workshop.propose(job.version.facts, job.message["facts"])
+            proposal = self._workshop.propose(job.version, job.message["facts"])
         except Exception as error:  # a planner's fault must not cost the builder its models
             reason = f"{type(error).__name__}: {error}"
             self._answer(job.id, Answer(False, PROPOSE, reason))

@@ -167,11 +167,13 @@ class Workshop:
             answer = failed.answer
         return replace(answer, region_key=region_key, weight_key=weights, revision=version.revision)
 
-    def propose(self, facts: Facts, document: Mapping[str, Any]) -> Mapping[str, Any]:
+    def propose(self, version: Version, document: Mapping[str, Any]) -> Mapping[str, Any]:
         """What the planner would have built. Raises what the planner raises."""
         # Loaded when it is first asked for: a builder that only builds starts without it
         planner = import_module("graphopt.planner")
-        proposal: Mapping[str, Any] = planner.propose(facts, document)
+        forecast = planner.foresee(version.facts, document, version.standing)
+        version.standing = (forecast, ()) if forecast is not None else None
+        proposal: Mapping[str, Any] = planner.propose(version.facts, document, forecast=forecast)
         return proposal
 
     def evidence(self, trial: Trial) -> str | None:

@@ -5,7 +5,7 @@ its figures come from. What it cannot predict is None, never zero. Models regist
 point group `graphopt.cost_models`; the one called `default` is used where none is given.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -61,6 +61,11 @@ class CostModel(Protocol):
 
     def effective(self) -> Sequence[Effective]:
         """Every coefficient in force, in a fixed order."""
+
+    def assume(self, values: Mapping[str, float]) -> None:
+        """Takes these coefficients, by the names of `effective`, in place of all files, and forgets
+        what was observed: the builder predicts by what the engine sends it.
+        """
 
 
 Make = Callable[[Path | None], CostModel]

@@ -37,7 +37,7 @@ Keyed = list[tuple[Piece, ArtifactKey]]
 def pieces_of(plan: Mapping[str, Any]) -> list[Piece]:
     """The pieces of a proposed plan, in its order."""
     return [
-        Piece(tuple(region["blocks"]), plan["backend"], options_of(region["options"]))
+        Piece(tuple(region["blocks"]), region["backend"], options_of(region["options"]))
         for region in plan["regions"]
     ]
 

@@ -150,7 +150,7 @@ class Campaign:
 
     def _propose(self, link: BuilderLink) -> Waiting:
         """The plans that the builder proposes; none when it cannot."""
-        shapes = hot_shapes(self.model.slot)
+        shapes, chosen = hot_shapes(self.model.slot), self.findings.chosen
         link.set_requests(self.model.name, self.model.requests())
         document = {
             "backends": list(self._means.supply.versions()),
@@ -159,7 +159,9 @@ class Campaign:
             "buckets": list(shapes.buckets),
             "buckets_share": shapes.share,
             "restless": sorted(self.restless),
+            "chosen": chosen.family if chosen is not None else None,
             "latency_s": latency_of(self.model, self.findings),
+            "costs": self._means.costs.document(self.model, self._facts),
         }
         try:
             proposal = yield link.propose(self.model.name, self.revision, document)
@@ -182,7 +184,7 @@ class Campaign:
         if any(not self.restless.isdisjoint(piece.blocks) for piece, _ in keyed):
             return False  # the next edit would drop it
         overlays = overlays_of(facts, keyed, self._means.supply.loaded)
-        if not overlays or not self._may_prepare(keyed[0][0].backend):
+        if not overlays or not all(self._may_prepare(piece.backend) for piece, _ in keyed):
             return False
         old = self.model.arrangement_of(facts)
         new = Arrangement.of(old.base, overlays)

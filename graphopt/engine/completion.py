@@ -26,11 +26,12 @@ def completed(plan: Proposal, chosen: Finding, published: Arrangement) -> Propos
     None where nothing is left or lacking, and where the result would be `plan` itself.
     """
     covered = published.covered()
+    backends = {each["backend"] for each in plan["regions"]}
     kept = [
-        {"blocks": list(overlay.step.blocks), "options": json.loads(key[-1])}
+        {"blocks": list(overlay.step.blocks), "backend": key[2], "options": json.loads(key[-1])}
         for overlay in published.overlays
         for key in overlay.artifacts
-        if key[2] == plan["backend"]
+        if key[2] in backends
     ]
     lacking = [each for each in plan["regions"] if covered.isdisjoint(each["blocks"])]
     is_more = any(each not in kept and each not in lacking for each in plan["regions"])

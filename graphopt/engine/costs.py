@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from importlib.metadata import version
+from typing import Any
 
 from graphopt.analysis.facts import Facts
 from graphopt.costs.model import CostModel
@@ -63,6 +64,24 @@ class Costs:
         """What a request takes; None where that cannot be told."""
         found = self.steps(facts, arrangement, sizes)
         return total(found) if found else None
+
+    def document(self, model: LiveModel, facts: Facts) -> dict[str, Any] | None:
+        """What the planner predicts by: coefficients, what was measured of the steps that run, and the
+        sizes that it is all about. None where there is no model, or a size is not known.
+        """
+        if self.model is None:
+            return None
+        sizes, arrangement = sizes_of(model), model.arrangement_of(facts)
+        if any(symbol.name not in sizes for symbol in facts.graph.symbols):
+            return None
+        samples = []
+        for step in arrangement.plan.steps:
+            key, options = self._key(step, arrangement, sizes)
+            known = self._supply.cost(key)
+            if known is not None:
+                samples.append([list(step.blocks), step.tier, options.document(), known.median_s])
+        values = {each.name: each.value for each in self.model.effective()}
+        return {"coefficients": values, "sizes": sizes, "samples": samples}
 
     def foresee(
         self, model: LiveModel, facts: Facts, before: Arrangement, new: Facts, after: Arrangement

@@ -62,6 +62,7 @@ class Candidate:
         state: what came of it, see `graphopt.engine.findings`.
         reason: for people, with figures.
         revision: on which that was concluded.
+        predicted_s: seconds of a request as foreseen before it was built.
         ratio: time per request over that of the plan it was tried against.
         latency_s: median of a request on it in its trial.
         build_s: wall time of the builds it took; None where all artifacts were at hand.
@@ -72,6 +73,7 @@ class Candidate:
     state: State
     reason: str
     revision: int
+    predicted_s: float | None
     ratio: float | None
     latency_s: float | None
     build_s: float | None
@@ -152,13 +154,13 @@ def _reason(
         return host.explain_block(model, step.block)
     if step.tier == "fused":
         return "verified against eager for this region and these weights"
-    if chosen is None or chosen.label.split()[0] != step.tier:
+    if chosen is None or chosen.label.split()[0] not in (step.tier, "parted"):
         return "proven on an earlier revision, and nothing in it has changed"
     return f"part of {chosen.label}"
 
 
 def _candidate(finding: Finding) -> Candidate:
     return Candidate(
-        finding.label, finding.state, finding.reason, finding.revision, finding.ratio,
-        finding.latency_s, finding.build_s, finding.resident_bytes,
+        finding.label, finding.state, finding.reason, finding.revision, finding.predicted_s,
+        finding.ratio, finding.latency_s, finding.build_s, finding.resident_bytes,
     )  # fmt: skip

@@ -40,6 +40,7 @@ class Finding:
         resident_bytes: memory of its artifacts beyond mapped files.
         against: label of the way that ran when it was tried; empty for the live path alone. Once a
             delta has taken that away, to be no gain says nothing.
+        predicted_s: seconds of a request as the planner foresaw them; None where it could not.
         family: label of the same way of running without regard to blocks that are left out because
             deltas keep editing them; what won in one of a family counts for all.
     """
@@ -57,6 +58,7 @@ class Finding:
     resident_bytes: int | None = None
     against: str = ""
     family: str = ""
+    predicted_s: float | None = None
 
     @property
     def key(self) -> tuple[str, frozenset[str]]:

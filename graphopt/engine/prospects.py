@@ -51,7 +51,10 @@ class Prospects:
 
     def fresh(self, plan: Proposal) -> Finding:
         """A finding about a plan of which nothing is known yet, but what it is made of."""
-        finding = Finding(plan["label"], "building", revision=self._revision, family=plan["family"])
+        finding = Finding(
+            plan["label"], "building", revision=self._revision, family=plan["family"],
+            predicted_s=plan.get("predicted_s"),
+        )  # fmt: skip
         return with_keys(finding, self._facts, self.keyed(plan))
 
     def completed(self, plan: Proposal) -> Proposal | None:

@@ -86,7 +86,7 @@ class Pursuit:
         self._facts = facts
         self._means = means
         self._findings = findings
-        self._backend: str = plan["backend"]
+        self._backend: str = plan["backend"]  # several, where its regions are on several
         self._keyed = prospects.keyed(plan)
         self._before = prospects.precedent(plan)
         self._finding = prospects.fresh(plan)
@@ -219,9 +219,10 @@ class Pursuit:
             return "it won with regions of this structure before"
         if not is_alike(self._facts, self._finding, self._before, self._keyed, proven):
             return ""
+        proven_steps = {(piece.backend, key[0]) for piece, key in self._keyed if key[0] in proven}
         return (
             yield from compare_steps(
-                self._model, begun, new.plan, {(self._backend, key) for key in proven},
+                self._model, begun, new.plan, proven_steps,
                 self._means.others_serve, self._means.now_s,
             )
         )  # fmt: skip
@@ -268,7 +269,7 @@ class Pursuit:
     def _is_held(self) -> bool:
         """Whether a pin is against the plan's tier, which is then noted."""
         pin = self._means.pins.get(self._model.name)
-        if pin is None or pin.allows(self._backend):
+        if pin is None or all(pin.allows(piece.backend) for piece, _ in self._keyed):
             return False
         reason = f"pinned by {pin.owner}: {pin.reason}"
         held = replace(self._finding, state="held", reason=reason)

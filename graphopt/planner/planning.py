@@ -42,21 +42,22 @@ class Planned:
         seconds: what a request takes by it, as the prices say.
         whole: the way that runs everything, context values included, as one region; None for a plan
             of several regions, or without a runtime.
+        footprint_class: that the prices are for.
     """
 
     facts: Facts
     restless: frozenset[str]
     seconds: float
     whole: Way | None
+    footprint_class: int
     _ways: tuple[Way, ...]
     _tree: Tree | None
     _context: Prices | None
-    _class: int
 
     @property
     def stands_for(self) -> tuple[int, int]:
         """The least footprint in bytes that its prices stand for, and the first one above."""
-        return bytes_of(self._class), bytes_of(self._class + 1)
+        return bytes_of(self.footprint_class), bytes_of(self.footprint_class + 1)
 
     @cached_property
     def regions(self) -> tuple[PlannedRegion, ...]:
@@ -83,35 +84,51 @@ class Planner:
         """Raises ValueError where the prices cannot tell what the live path costs."""
         if not pricing.is_possible:
             raise ValueError("the cost model knows nothing of the live path: run calibrate")
-        self._pricing = pricing
+        self.pricing = pricing
         self._tables: dict[tuple[str, int, bool, bool], tuple[Prices, Table, int]] = {}
 
     def plan(self, facts: Facts, restless: Set[str] = frozenset()) -> Planned:
         """The plan of a graph, from scratch. Raises KeyError for a symbol without a size."""
         regions = facts.regions
-        total = sum(self._pricing.footprint(facts, region) for region in regions.values())
+        total = sum(self.pricing.footprint(facts, region) for region in regions.values())
         class_ = class_of(total)
         tree = grown(self._leaf(facts, block, class_, restless) for block in chain(facts))
         return self._planned(facts, restless, tree, self._context(facts, class_), class_)
 
-    def after(self, planned: Planned, update: Update, restless: Set[str] = frozenset()) -> Planned:
+    def after(self, planned: Planned, update: Update) -> Planned:
         """The plan of the graph that `update` leads to from that of `planned`."""
         facts, tree, context = update.facts, planned._tree, planned._context
+        restless = planned.restless
         gone, come, stale = _touched(planned.facts, update)
         for block in gone:
             tree = without(tree, block, _before(planned.facts, block))
-        for block in (
-            come
-            | stale
-            | {block for block in planned.restless ^ restless if block in facts.blocks.blocks}
-        ):
-            leaf = self._leaf(facts, block, planned._class, restless)
-            tree = with_leaf(tree, leaf, _before(facts, block))
+        tree = self._priced(tree, facts, come | stale, planned.footprint_class, restless)
         if CONTEXT in update.regions_changed | update.regions_gone:
-            context = self._context(facts, planned._class)
-        if class_of(_footprint(tree, context)) != planned._class:
+            context = self._context(facts, planned.footprint_class)
+        if class_of(_footprint(tree, context)) != planned.footprint_class:
             return self.plan(facts, restless)
-        return self._planned(facts, restless, tree, context, planned._class)
+        return self._planned(facts, restless, tree, context, planned.footprint_class)
+
+    def around(self, planned: Planned, restless: Set[str]) -> Planned:
+        """The plan of the same graph with these blocks, and no others, kept out of regions."""
+        facts, class_ = planned.facts, planned.footprint_class
+        other = {block for block in planned.restless ^ restless if block in facts.blocks.blocks}
+        tree = self._priced(planned._tree, facts, other, class_, restless)
+        return self._planned(facts, restless, tree, planned._context, class_)
+
+    def _priced(
+        self,
+        tree: Tree | None,
+        facts: Facts,
+        blocks: Iterable[str],
+        class_: int,
+        restless: Set[str],
+    ) -> Tree | None:
+        """The tree with leaves made anew for these blocks."""
+        for block in blocks:
+            leaf = self._leaf(facts, block, class_, restless)
+            tree = with_leaf(tree, leaf, _before(facts, block))
+        return tree
 
     def _planned(
         self,
@@ -127,20 +144,20 @@ class Planner:
         whole_s, whole = inf, None
         if tree is not None and context is not None and not restless:
             for way, call_s, body_s, chain_s in zip(
-                self._pricing.ways, context.call_s, context.body_s, tree.body_s, strict=True
+                self.pricing.ways, context.call_s, context.body_s, tree.body_s, strict=True
             ):
                 if call_s + body_s + chain_s < whole_s:
                     whole_s, whole = call_s + body_s + chain_s, way
         if parted_s <= whole_s:
             whole = None
         return Planned(
-            facts, frozenset(restless), min(parted_s, whole_s), whole, tuple(self._pricing.ways),
-            tree, context, class_,
+            facts, frozenset(restless), min(parted_s, whole_s), whole, class_,
+            tuple(self.pricing.ways), tree, context,
         )  # fmt: skip
 
     def _context(self, facts: Facts, class_: int) -> Prices | None:
         region = facts.regions.get(CONTEXT)
-        return self._pricing.of(facts, region, class_) if region is not None else None
+        return self.pricing.of(facts, region, class_) if region is not None else None
 
     def _leaf(self, facts: Facts, block: str, class_: int, restless: Set[str]) -> Leaf:
         region, entry = facts.regions[block], facts.blocks.blocks[block].entry
@@ -148,18 +165,13 @@ class Planner:
         key = (region.key, class_, is_joined, is_apart)
         known = self._tables.get(key)
         if known is None:
-            prices = self._pricing.of(facts, region, class_)
+            prices = self.pricing.of(facts, region, class_)
             table, alone = table_of(prices, is_joined=is_joined, is_apart=is_apart)
             known = self._tables[key] = (prices, table, alone)
             while len(self._tables) > PRICES_KEPT:
                 del self._tables[next(iter(self._tables))]
         prices, table, alone = known
         return Leaf(block, table, alone, prices.body_s, prices.footprint_bytes)
-
-
-def ways_of(planned: Planned) -> Iterable[Way]:
-    """The ways that a plan takes, each once."""
-    return dict.fromkeys(region.way for region in planned.regions if region.way is not None)
 
 
 def _footprint(tree: Tree | None, context: Prices | None) -> int:

@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from graphopt.analysis.blocks import CONTEXT, START
-from graphopt.analysis.facts import Facts, Update, analyse, update
+from graphopt.analysis.facts import Facts, analyse, update
 from graphopt.analysis.regions import Region
 from graphopt.costs.model import Prediction
 from graphopt.costs.work import Work
@@ -191,9 +191,10 @@ def test_a_repaired_plan_is_the_plan_from_scratch(random: Random) -> None:
         facts = step.facts
         if {symbol.name for symbol in facts.graph.symbols} - pricing.sizes.keys():
             return
+        planned = planner.after(planned, step)
         if random.random() < 0.3:
             restless = frozenset(b for b in chain(facts) if random.random() < 0.2)
-        planned = planner.after(planned, step, restless)
+            planned = planner.around(planned, restless)
         check_same(planned, Planner(pricing_of_same(pricing, facts)).plan(facts, restless))
         check_covers(planned)
 
@@ -336,9 +337,8 @@ def test_a_block_that_deltas_keep_editing_is_in_no_region() -> None:
     assert around.whole is None
     (region,) = [region for region in around.regions if block in region.blocks]
     assert region.way is None
-    nothing = Update(facts, {}, *[frozenset[str]()] * 4)
-    check_same(planner.after(planned, nothing, {block}), around)
-    check_same(planner.after(around, nothing), planned)
+    check_same(planner.around(planned, {block}), around)
+    check_same(planner.around(around, frozenset()), planned)
 
 
 def test_without_coefficients_of_the_live_path_there_is_no_plan() -> None:
