@@ -10,6 +10,10 @@ knows nothing but the coefficients; `prices known` is a plan from scratch with e
 
 Targets: p50 at most 5 ms and p99 at most 25 ms at 1,000 nodes, at 5,000 at least 20 times sooner than
 from scratch, and a predicted cost within 1% of the one from scratch on every delta looked at.
+
+`proposals` is all that the builder does for a delta before it builds: the plan repaired, and the list of
+what is worth building made of it, with each region's key, what the runtimes can run of it and the
+variants; again against doing so with nothing known.
 """
 
 import argparse
@@ -28,12 +32,15 @@ from benchmarks.harness import percentile, report
 from cost_models.calibration import calibrate, thread_counts, write_layer
 from cost_models.host_model import HostModel
 from cost_models.measuring import available
-from graphopt.analysis.facts import Facts, analyse, update
+from graphopt.analysis.facts import Facts, Update, analyse, update
 from graphopt.costs.work import work_of
 from graphopt.delta import AddNode, Delta, PutConstant, RemoveNode, Rewire, SetAttr, apply_fully
 from graphopt.engine.thread_budget import usable_cpus
+from graphopt.executor import runs
 from graphopt.executor.backend import Options, backends
 from graphopt.graph import Ref
+from graphopt.planner import foresee, propose, support, variants
+from graphopt.planner.forecast import Forecast
 from graphopt.planner.layout import chain
 from graphopt.planner.planning import Planned, Planner
 from graphopt.planner.pricing import Pricing, Way
@@ -87,6 +94,18 @@ def _row(model: HostModel, size: int, count: int) -> dict[str, Any]:
     scratch: list[float] = []
     priced: list[float] = []
     apart = 0.0
+    document = {
+        "backends": list(RUNTIMES), "threads": 2, "streams": 1, "buckets": [sizes],
+        "buckets_share": 1.0, "restless": [], "latency_s": 2e-3 * n_layers,
+        "costs": {
+            "coefficients": {each.name: each.value for each in model.effective()},
+            "sizes": sizes, "samples": [],
+        },
+    }  # fmt: skip
+    proposing = _Proposing(document)
+    proposing.after(facts)
+    proposed: list[float] = []
+    anew_s: list[float] = []
     choose = random.Random(0)
     for number in range(count):
         edit = _edit(choose, planned.facts, n_layers, number)
@@ -95,7 +114,9 @@ def _row(model: HostModel, size: int, count: int) -> dict[str, Any]:
         before = planned
         planned, took_s = _timed(lambda: kept.after(before, step))  # noqa: B023
         times.append(took_s)
+        proposed.append(_seconds(lambda: proposing.after(step.facts, step)))  # noqa: B023
         if number % SCRATCH_EACH == 0:
+            anew_s.append(_seconds(_Proposing(document).forgetful, step.facts))
             new = planner()
             anew, took_s = _timed(lambda: new.plan(step.facts))  # noqa: B023
             scratch.append(took_s)
@@ -114,7 +135,45 @@ def _row(model: HostModel, size: int, count: int) -> dict[str, Any]:
         "sooner_priced": statistics.median(priced) / p50,
         "apart_pct": 100 * apart,
         "regions": len(planned.regions),
+        "proposals_p50_ms": statistics.median(proposed) * 1e3,
+        "proposals_p99_ms": percentile(proposed, 0.99) * 1e3,
+        "proposals_scratch_ms": statistics.median(anew_s) * 1e3,
+        "proposals_sooner": statistics.median(anew_s) / statistics.median(proposed),
     }
+
+
+class _Proposing:
+    """What the builder keeps between proposals for one model."""
+
+    def __init__(self, document: dict[str, Any]) -> None:
+        self._document = document
+        self._forecast: Forecast | None = None
+
+    def after(self, facts: Facts, *changes: Update) -> None:
+        """Proposes for the revision that `changes` led to."""
+        standing = (self._forecast, changes) if self._forecast is not None else None
+        self._forecast = foresee(facts, self._document, standing)
+        assert propose(facts, self._document, forecast=self._forecast)["plans"]
+
+    def forgetful(self, facts: Facts) -> None:
+        """Proposes with nothing known of any run, structure or price, and puts what was back."""
+        known = [
+            (cache, dict(cache)) for cache in (support._VERDICTS, variants._CHOICES, runs._KNOWN)
+        ]
+        for cache, _ in known:
+            cache.clear()  # type: ignore[attr-defined]
+        self.after(facts)
+        for cache, kept in known:
+            cache.update(kept)  # type: ignore[attr-defined]
+
+
+def _seconds(make: Callable[..., None], *arguments: Any) -> float:
+    gc.disable()
+    begun = time.perf_counter()
+    make(*arguments)
+    took_s = time.perf_counter() - begun
+    gc.enable()
+    return took_s
 
 
 def _timed(make: Callable[[], Planned]) -> tuple[Planned, float]:

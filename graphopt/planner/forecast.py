@@ -8,6 +8,7 @@ percent of those they were corrected by. Deliberately absent: what is proposed b
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import inf
 from typing import Any
 
@@ -17,6 +18,7 @@ from graphopt.costs.model import CostModel, default_model
 from graphopt.costs.plan_cost import as_given
 from graphopt.executor.backend import Backend, Options, options_of
 from graphopt.executor.runs import joins, run_region
+from graphopt.planner.block_table import Prices
 from graphopt.planner.layout import Run
 from graphopt.planner.planning import Planned, Planner
 from graphopt.planner.pricing import Pricing, Way, bytes_of, class_of
@@ -49,25 +51,33 @@ class Forecast:
 
         None where the model knows nothing about a place, or one cannot run its run.
         """
-        facts, pricing = self.planned.facts, self.planner.pricing
-        places = {(way.backend.name, way.options.threads): k for k, way in enumerate(pricing.ways)}
-        class_, total, covered = self.planned.footprint_class, 0.0, set[str]()
+        facts, prices, total, covered = self.planned.facts, self._prices, 0.0, set[str]()
         for run, backend, threads in placed:
-            k = places.get((backend, threads))
+            k = self._places.get((backend, threads))
             if k is None:
                 return None
             covered.update(run)
-            parts = [pricing.of(facts, facts.regions[block], class_) for block in run]
+            parts = [prices[block] for block in run]
             total += parts[0].call_s[k] + sum([part.body_s[k] for part in parts])
-        if CONTEXT in facts.regions and CONTEXT not in covered:
-            context = pricing.of(facts, facts.regions[CONTEXT], class_)
-            total += context.live_call_s + context.live_s
-        for block in facts.blocks:
-            if block.exit not in covered:
-                prices = pricing.of(facts, facts.regions[block.exit], class_)
-                is_joined = joins(facts, block.entry) if block.entry != START else False
-                total += prices.live_s + (0.0 if is_joined else prices.live_call_s)
+        if len(covered) < len(prices):
+            for block, price in prices.items():
+                if block not in covered:
+                    entry = facts.blocks.blocks[block].entry if block != CONTEXT else START
+                    is_joined = entry != START and joins(facts, entry)
+                    total += price.live_s + (0.0 if is_joined else price.live_call_s)
         return total if total < inf else None
+
+    @cached_property
+    def _prices(self) -> dict[str, Prices]:
+        """Of each block."""
+        of, class_ = self.planner.pricing.of, self.planned.footprint_class
+        facts = self.planned.facts
+        return {block: of(facts, region, class_) for block, region in facts.regions.items()}
+
+    @cached_property
+    def _places(self) -> dict[tuple[str, int], int]:
+        ways = self.planner.pricing.ways
+        return {(way.backend.name, way.options.threads): k for k, way in enumerate(ways)}
 
 
 def make_forecast(

@@ -50,20 +50,22 @@ def parted(
     planned = forecast.planned
     if planned.whole is not None:  # is among them
         return []
-    placed: list[Placed] = []
-    regions: list[dict[str, Any]] = []
-    for each in planned.regions:
-        if each.way is None or node_count(facts, each.blocks) < CUT_NODES_MIN:
-            continue
-        way = each.way
-        placed.append((each.blocks, way.backend.name, way.options.threads))
-        offers = variants(facts, document, [each.blocks], way.backend, way.options)
-        regions += next(iter(offers.values()))
-    predicted_s = forecast.seconds(placed)
+    wanted = [
+        (each.blocks, each.way)
+        for each in planned.regions
+        if each.way is not None and node_count(facts, each.blocks) >= CUT_NODES_MIN
+    ]
+    predicted_s = forecast.seconds(
+        (run, way.backend.name, way.options.threads) for run, way in wanted
+    )
     known = [plan["predicted_s"] for plan in plans if plan.get("predicted_s") is not None]
     is_gain = predicted_s is not None and predicted_s <= GAIN * min(known, default=0.0)
-    if not placed or not (is_gain or document.get("chosen") == FAMILY):
+    if not wanted or not (is_gain or document.get("chosen") == FAMILY):
         return []
+    regions: list[dict[str, Any]] = []
+    for run, way in wanted:
+        offers = variants(facts, document, [run], way.backend, way.options)
+        regions += next(iter(offers.values()))
     around = ["around edits"] if planned.restless else []
     backends = dict.fromkeys(region["backend"] for region in regions)
     return [
