@@ -19,9 +19,9 @@ from graphopt.tables import (
 Record = Mapping[str, Any]
 
 STEP_HEAD = (
-    "step", "blocks", "nodes", "tier", "options", "predicted", "measured", "key", "why",
+    "step", "blocks", "nodes", "tier", "options", "predicted", "measured", "touched", "key", "why",
 )  # fmt: skip
-STEP_NUMBERS = ("blocks", "nodes", "predicted", "measured")
+STEP_NUMBERS = ("blocks", "nodes", "predicted", "measured", "touched")
 CANDIDATE_HEAD = (
     "candidate", "state", "predicted", "latency", "ratio", "build", "memory", "revision", "why",
 )  # fmt: skip
@@ -61,7 +61,7 @@ def step_rows(explanation: Record) -> list[tuple[Any, ...]]:
         (
             row["block"], row["blocks"], row["nodes"], row["tier"], row["options"] or None,
             predicted_word(row), _shown(row["measured_s"], short_seconds_word),
-            row["key"][:_HASH_CHARS], row["reason"],
+            _shown(row["touched"], "r{}".format), row["key"][:_HASH_CHARS], row["reason"],
         )
         for row in explanation["steps"]
     ]  # fmt: skip

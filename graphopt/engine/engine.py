@@ -12,6 +12,7 @@ from graphopt.costs.model import CostModel
 from graphopt.delta import Delta
 from graphopt.delta_document import decode_delta
 from graphopt.documents import from_value, load_json, load_yaml
+from graphopt.engine.drawing import draw
 from graphopt.engine.explain import Explanation, explain
 from graphopt.engine.files import FolderResources
 from graphopt.engine.host import Host
@@ -125,6 +126,10 @@ class Engine:
     def explain(self) -> Explanation:
         """The plan as it is: a record that prints as a table."""
         return explain(self.host, self.model)
+
+    def draw(self) -> str:
+        """The graph with the regions of its plan, in Graphviz's DOT language."""
+        return draw(self.host, self.model)
 
     def history(self) -> list[RevisionInfo]:
         """The last revisions, oldest first."""

@@ -14,6 +14,7 @@ from graphopt.engine.builder_jobs import BuilderStatus
 from graphopt.engine.costs import sizes_of
 from graphopt.engine.findings import Finding, State
 from graphopt.engine.pins import LIVE_TIERS, HeldPin, Pin
+from graphopt.executor.arrangement import Arrangement
 from graphopt.executor.plan import Step
 from graphopt.executor.switch import Phase
 from graphopt.explained import text_of
@@ -38,6 +39,8 @@ class StepLine:
         predicted_s: seconds as the cost model says, None where it cannot; with the band in which nine
             of ten lie.
         measured_s: seconds as timed while no request ran; None where it was not.
+        touched: the last revision of this process that changed what it computes, or its weights;
+            None where none did.
     """
 
     block: str
@@ -51,6 +54,7 @@ class StepLine:
     predicted_low_s: float | None = None
     predicted_high_s: float | None = None
     measured_s: float | None = None
+    touched: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +111,11 @@ class Explanation:
         return text_of(asdict(self))
 
 
-def explain(host: "Host", model: "LiveModel") -> Explanation:
-    """The explanation of the published plan."""
-    arrangement, facts = model.arrangement, model.facts
+def explain(
+    host: "Host", model: "LiveModel", arrangement: Arrangement | None = None
+) -> Explanation:
+    """The explanation of the published plan, or of one that was published a moment ago."""
+    arrangement, facts = arrangement or model.arrangement, model.facts
     plan, findings = arrangement.plan, host.better.findings(model.name)
     is_current = plan.graph is facts.graph  # a delta may land beside us
     costs = host.better.costs.steps(facts, arrangement, sizes_of(model)) if is_current else None
@@ -118,21 +124,21 @@ def explain(host: "Host", model: "LiveModel") -> Explanation:
     return Explanation(
         model.name, plan.revision, plan.id, plan.graph.hash, model.switch.phase,
         tuple(
-            _line(step, _reason(host, model, step, chosen, pin), cost)
+            _line(step, _reason(host, model, step, chosen, pin), cost, model.churn.touched(step.blocks))
             for step, cost in zip(plan.steps, costs or nothing, strict=True)
         ),
         tuple(map(_candidate, findings)), pin, host.better.status(),
     )  # fmt: skip
 
 
-def _line(step: Step, reason: str, cost: StepCost) -> StepLine:
+def _line(step: Step, reason: str, cost: StepCost, touched: int | None) -> StepLine:
     block = "context" if step.block == CONTEXT else step.block
     n_blocks, n_nodes = len(step.blocks), len(step.nodes)
     said = cost.predicted
     return StepLine(
         block, n_blocks, n_nodes, step.tier, step.options, step.key, reason,
         said.seconds if said else None, said.low_s if said else None,
-        said.high_s if said else None, cost.measured_s,
+        said.high_s if said else None, cost.measured_s, touched,
     )  # fmt: skip
 
 

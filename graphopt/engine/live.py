@@ -442,7 +442,8 @@ class LiveModel:
             old, revision = self.arrangement, arrangement.plan.revision
             arrangement, _ = old.after(new, revision, self.live_step)
             self.introduce(arrangement)
-        self.churn.note(new.regions_changed | new.weights_changed)
+        changed = new.regions_changed | new.weights_changed
+        self.churn.note(arrangement.plan.revision, changed, new.regions_gone)
         self._keep_roles()  # a trial of the old revision publishes nothing any more
         self._unproven |= _replanned(new)
         self._unproven.update(block for block in uncovered if block in new.facts.regions)

@@ -111,6 +111,29 @@ def test_every_command_has_its_parser_and_every_parser_its_command() -> None:
     assert set(choices) == {*COMMANDS, "completion"}
 
 
+def test_a_drawing_is_dot_and_as_svg_takes_graphviz(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = ctl(service, "explain", "--dot")
+    assert drawn.out.startswith('digraph "transformer" {\n')
+    assert drawn.out.endswith("}\n")
+    lines = json.loads(ctl(service, "explain", "--dot", "--json").out)["lines"]
+    assert lines == drawn.out.splitlines()
+    assert ctl(service, "explain", "--dot", "--svg").code == 2
+    monkeypatch.setenv("PATH", str(tmp_path))
+    absent = ctl(service, "explain", "--svg")
+    assert (absent.code, absent.out) == (1, "")
+    assert "install graphviz" in absent.err
+    dot = tmp_path / "dot"
+    dot.write_text("#!/bin/sh\nread first; echo '<svg>'; echo \"$1 $first\"; echo '</svg>'\n")
+    dot.chmod(0o755)
+    assert ctl(service, "explain", "--svg").out == '<svg>\n-Tsvg digraph "transformer" {\n</svg>\n'
+    dot.write_text("#!/bin/sh\necho 'syntax error' >&2; exit 3\n")
+    refused = ctl(service, "explain", "--svg")
+    assert (refused.code, refused.out) == (1, "")
+    assert "dot could not draw it: syntax error" in refused.err
+
+
 def test_the_exit_codes(service: Service, tmp_path: Path) -> None:
     assert ctl(service, "status").code == 0
     assert ctl(service, "bypass", "nope").code == 1

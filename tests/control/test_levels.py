@@ -17,7 +17,7 @@ from graphoptd.settings import LevelSettings
 
 NOBODY = 65534
 _READ = [
-    "hello", "help", "status", "models", "nodes", "show", "history", "explain", "diff", "new_delta",
+    "hello", "help", "status", "models", "nodes", "show", "history", "explain", "draw", "diff", "new_delta",
     "top", "logs", "cost",
 ]  # fmt: skip
 _OPERATE = ["apply", "rollback", "fork", "pin", "unpin", "settle"]

@@ -17,6 +17,7 @@ from graphopt.analysis.facts import Facts
 from graphopt.delta import difference
 from graphopt.delta_document import encode_delta
 from graphopt.documents import rule
+from graphopt.engine.drawing import draw as draw_model
 from graphopt.engine.explain import explain as explain_model
 from graphopt.engine.live import LiveModel
 from graphopt.graph import Graph
@@ -192,6 +193,13 @@ async def explain(task: Task, params: ModelParams) -> Answer:
     found = await task.lanes.look.run(lambda: asdict(explain_model(task.context.host, model)))
     listed = {"steps": list(found["steps"]), "candidates": list(found["candidates"])}
     return Answer(found | listed, rows="steps")
+
+
+async def draw(task: Task, params: ModelParams) -> Answer:
+    """The graph with the regions of its plan, in Graphviz's DOT language, line by line."""
+    model = task.find(params.model)
+    text = await task.lanes.look.run(lambda: draw_model(task.context.host, model))
+    return Answer({"model": model.name, "lines": text.splitlines()}, rows="lines")
 
 
 async def diff(task: Task, params: DiffParams) -> Answer:

@@ -123,6 +123,7 @@ METHODS: Mapping[str, Method] = {
     "show": Method(Level.READ, looks.ShowParams, looks.show),
     "history": Method(Level.READ, looks.ModelParams, looks.history),
     "explain": Method(Level.READ, looks.ModelParams, looks.explain),
+    "draw": Method(Level.READ, looks.ModelParams, looks.draw),
     "diff": Method(Level.READ, looks.DiffParams, looks.diff),
     "new_delta": Method(Level.READ, looks.NewDeltaParams, looks.new_delta),
     "cost": Method(Level.READ, costing.CostParams, costing.cost),

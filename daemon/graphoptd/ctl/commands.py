@@ -19,6 +19,7 @@ from graphoptd.control.opening import (
 )
 from graphoptd.ctl import views
 from graphoptd.ctl.client import Client, Exit, Refused, allow_many_files
+from graphoptd.ctl.graphviz import as_svg
 from graphoptd.ctl.output import show_json, show_lines
 from graphoptd.ctl.send import as_call
 
@@ -67,6 +68,17 @@ def show(client: Client, options: Options) -> Exit:
     """`show [MODEL] [NODE]`."""
     model, node = _model_and(client, options.model, options.node)
     return _shown(client.ask("show", {"model": model, "node": node}), options, views.shown)
+
+
+def explain(client: Client, options: Options) -> Exit:
+    """`explain [--dot | --svg]`."""
+    if not options.dot and not options.svg:
+        found = client.ask("explain", {"model": options.model})
+        return _shown(found, options, views.explanation)
+    found = client.ask("draw", {"model": options.model})
+    if options.svg and not options.json:
+        found = {**found, "lines": as_svg(found["lines"])}
+    return _shown(found, options, views.drawn)
 
 
 def apply(client: Client, options: Options) -> Exit:
@@ -197,7 +209,7 @@ COMMANDS: Mapping[str, Command] = {
     "nodes": nodes,
     "show": show,
     "history": simple("history", views.history, "model"),
-    "explain": simple("explain", views.explanation, "model"),
+    "explain": explain,
     "diff": simple("diff", views.difference, "model", "from_revision", "to_revision"),
     "new-delta": new_delta,
     "apply": apply,

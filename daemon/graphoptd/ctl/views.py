@@ -82,6 +82,11 @@ def nodes(result: Result) -> None:
     show_table(("node", "op", "type", "block", "tier"), rows)
 
 
+def drawn(result: Result) -> None:
+    """A drawing, as it is."""
+    show_lines(result["lines"])
+
+
 def shown(result: Result) -> None:
     """A graph as text, or a node with what is around it."""
     if "lines" in result:
