@@ -168,13 +168,20 @@ class Workshop:
         return replace(answer, region_key=region_key, weight_key=weights, revision=version.revision)
 
     def propose(self, version: Version, document: Mapping[str, Any]) -> Mapping[str, Any]:
-        """What the planner would have built. Raises what the planner raises."""
+        """What the planner would have built. Raises what the planner raises.
+
+        Without a forecast where that fails, as somebody's cost model may: `fault` then says why.
+        """
         # Loaded when it is first asked for: a builder that only builds starts without it
         planner = import_module("graphopt.planner")
-        forecast = planner.foresee(version.facts, document, version.standing)
+        forecast, fault = None, {}
+        try:
+            forecast = planner.foresee(version.facts, document, version.standing)
+        except Exception as error:
+            fault = {"fault": f"{type(error).__name__}: {error}"}
         version.standing = (forecast, ()) if forecast is not None else None
-        proposal: Mapping[str, Any] = planner.propose(version.facts, document, forecast=forecast)
-        return proposal
+        proposal: dict[str, Any] = planner.propose(version.facts, document, forecast=forecast)
+        return proposal | fault
 
     def evidence(self, trial: Trial) -> str | None:
         """Why something that a backend is about to try is banned."""

@@ -166,11 +166,15 @@ class Campaign:
         try:
             proposal = yield link.propose(self.model.name, self.revision, document)
         except BuilderError as error:
-            self.model.settings.events(
-                "builder.failed", {"job": f"propose {self.model.name}", "message": str(error)}
-            )
+            self._tell_failed("propose", str(error))
             return []
+        if "fault" in proposal:
+            self._tell_failed("foresee", proposal["fault"])
         return proposal["plans"]
+
+    def _tell_failed(self, job: str, message: str) -> None:
+        fields = {"job": f"{job} {self.model.name}", "message": message}
+        self.model.settings.events("builder.failed", fields)
 
     def _recall(self, facts: Facts) -> bool:
         """Publishes what was chosen for this very graph before, if its artifacts are at hand.

@@ -19,6 +19,8 @@ from graphopt.executor.plan import Step
 from graphopt.executor.switch import Phase
 from graphopt.explained import text_of
 
+PARTED = "parted"  # first word of the planner's label for regions where it found them cheapest
+
 if TYPE_CHECKING:
     from graphopt.engine.host import Host
     from graphopt.engine.live import LiveModel
@@ -160,7 +162,10 @@ def _reason(
         return host.explain_block(model, step.block)
     if step.tier == "fused":
         return "verified against eager for this region and these weights"
-    if chosen is None or chosen.label.split()[0] not in (step.tier, "parted"):
+    way = chosen.label.split()[0] if chosen is not None else ""
+    if chosen is not None and way == PARTED:
+        return "part of the parted plan"
+    if chosen is None or way != step.tier:
         return "proven on an earlier revision, and nothing in it has changed"
     return f"part of {chosen.label}"
 

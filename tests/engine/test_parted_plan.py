@@ -84,7 +84,7 @@ def test_both_runtimes_serve_one_request(engine: Engine) -> None:
     assert (found.label, found.state) == ("parted", "chosen")
     assert found.predicted_s == pytest.approx(20 * 0.4e-5 + 2 * 1e-5, rel=1e-3)
     whys = {step.reason for step in engine.explain().steps}
-    assert whys == {"part of parted"}
+    assert whys == {"part of the parted plan"}
     with Engine(engine.graph, graphopt.EngineSettings(improve=False)) as reference:
         expected = reference.run(REQUEST).outputs
     torch.testing.assert_close(engine.run(REQUEST).outputs, expected, rtol=1e-4, atol=1e-5)

@@ -250,3 +250,13 @@ def test_the_builder_keeps_the_forecast_with_the_revision() -> None:
     assert later.standing[1] == ()
     workshop.propose(later, {**asked, "costs": None})
     assert later.standing is None
+
+
+def test_a_forecast_that_fails_costs_no_proposal() -> None:
+    asked = document(coefficients(openvino=0.5), backends=["openvino"])
+    asked["costs"]["sizes"] = {"batch": 4}
+    version, workshop = Version(1, FACTS, EagerBuilder()), Workshop(lambda: 0.0, lambda: 0.0)
+    proposal = workshop.propose(version, asked)
+    assert proposal["fault"] == "KeyError: 'seq'"
+    assert proposal["plans"]
+    assert version.standing is None
