@@ -226,6 +226,29 @@ def test_prices_stand_until_something_else_is_measured(times: float, stands: boo
     assert unmeasured.planner is before.planner  # to hear nothing new is no news
 
 
+@pytest.mark.parametrize(("others", "stands"), [(1, True), (2, False)])
+def test_prices_stand_while_three_quarters_of_what_runs_take_what_they_took(
+    others: int, stands: bool
+) -> None:
+    """A delta makes one step new: that is no reason to price all the others anew."""
+    options = {"threads": 2, "streams": 1, "sizes": None, "extra": []}
+    kinds = {FACTS.regions[block].key: block for block in chain(FACTS)}
+    blocks = list(kinds.values())[:4]
+
+    def measured(times: list[float]) -> dict[str, Any]:
+        asked = document(PARTED)
+        samples = zip(blocks, times, strict=True)
+        asked["costs"]["samples"] = [[[b], "eager", options, 1e-4 * t] for b, t in samples]
+        return asked
+
+    before = foresee(FACTS, measured([1.0] * 4), offered=OFFERED)
+    assert before is not None
+    now = measured([2.0] * others + [1.0] * (4 - others))
+    after = foresee(FACTS, now, (before, ()), offered=OFFERED)
+    assert after is not None
+    assert (after.planner is before.planner) == stands
+
+
 def test_other_coefficients_or_sizes_make_it_anew(version: Version) -> None:
     assert version.standing is not None
     before = version.standing[0]
