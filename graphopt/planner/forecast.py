@@ -2,7 +2,8 @@
 
 The cheapest plan is kept with the prices it was made by, and repaired along the deltas that came since
 as long as the prices stand: for the same coefficients and sizes, and until more than a quarter of the
-steps that run were measured to take something else than what the prices were corrected by. Deliberately absent: what is proposed because of it.
+steps that run were measured to take something else than what the prices were corrected by.
+Deliberately absent: what is proposed because of it.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
