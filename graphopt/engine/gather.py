@@ -8,11 +8,13 @@ that exceeds it is the last one loaded.
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from graphopt.analysis.facts import Facts
 from graphopt.builder.records import UNDECIDED, Answer
 from graphopt.engine.assembly import Keyed, Piece
+from graphopt.engine.builder_jobs import BuildJob
 from graphopt.engine.builder_link import BuilderLink
 from graphopt.engine.live import LiveModel
 from graphopt.engine.supply import Supply
@@ -48,6 +50,11 @@ class Gathering:
         """Whether what is loaded holds more than it may."""
         return self.bytes_max is not None and self.resident_bytes > self.bytes_max
 
+    def take_back(self) -> None:
+        """Nobody waits any more."""
+        for future in self.asked:
+            future.cancel()
+
     def count(self, supply: Supply, key: ArtifactKey) -> None:
         """Counts an artifact if it is in memory; twins may share one."""
         if key not in self.loaded and supply.loaded.find(key) is not None:
@@ -66,33 +73,33 @@ def gather(
 ) -> "Generator[Future[Answer], Answer, None]":
     """A coroutine that waits for the builder and fills `into`; it ends early where that is too large.
 
-    `meanwhile` is called once the builder is at work, with what was asked of it.
+    What lies on disk is loaded while the builder is at work, and `meanwhile` is called then, with what
+    was asked of it.
     """
-    revision = model.revision
-    missing = []
+    make_job = partial(supply.job, model.name, model.revision)  # of all waves
+    missing = [entry for entry in keyed if not supply.is_at_hand(entry[1])]
+    bad: set[tuple[str, str]] = set()  # structure and options: what failed once fails for twins
+    first, twins = _waves(missing)
+    asked = _ask(link, make_job, first, bad, into)
+    if missing:
+        meanwhile(missing)
+    lost = []  # on disk, where it did not load
     for entry in keyed:
-        if not supply.fetch(facts, *entry):
-            missing.append(entry)
+        if entry not in missing and not supply.fetch(facts, *entry):
+            lost.append(entry)
         into.count(supply, entry[1])
         if into.is_too_large:
+            into.take_back()
             return
-    bad: set[tuple[str, str]] = set()  # structure and options: what failed once fails for twins
-    for i, wave in enumerate(_waves(missing)):
-        asked = []
-        for piece, key in wave:
-            if (key[0], key[-1]) not in bad:
-                job = supply.job(model.name, revision, piece)
-                asked.append((piece, key, job, link.build(job)))
-        into.asked = [future for *_, future in asked]
-        if i == 0 and missing:
-            meanwhile(missing)
+    waves = [twins, *_waves(lost)]
+    while asked or waves:
         for piece, key, job, future in asked:
             answer = yield future
             if answer.stage in UNDECIDED:
                 into.is_decided = False
             else:
                 into.build_s = (into.build_s or 0.0) + (answer.build_s or 0.0)
-                _tell(model, revision, piece, answer)
+                _tell(model, job.revision, piece, answer)
             stage, reason = answer.stage, answer.reason
             if answer.ok:
                 stage, reason = "load", supply.take(facts, piece, key, job, answer)
@@ -101,9 +108,29 @@ def gather(
                 into.reasons.append(f"{piece.about}: {stage}: {reason}")
             into.count(supply, key)
             if into.is_too_large:
-                for waiting in into.asked:
-                    waiting.cancel()
+                into.take_back()
                 return
+        asked = _ask(link, make_job, waves.pop(0), bad, into) if waves else []
+
+
+_Asked = list[tuple[Piece, ArtifactKey, BuildJob, "Future[Answer]"]]
+
+
+def _ask(
+    link: BuilderLink,
+    make_job: Callable[[Piece], BuildJob],
+    wave: Keyed,
+    bad: set[tuple[str, str]],
+    into: Gathering,
+) -> _Asked:
+    """Has the builder build what did not fail before."""
+    asked: _Asked = []
+    for piece, key in wave:
+        if (key[0], key[-1]) not in bad:
+            job = make_job(piece)
+            asked.append((piece, key, job, link.build(job)))
+    into.asked = [future for *_, future in asked]
+    return asked
 
 
 def _tell(model: LiveModel, revision: int, piece: Piece, answer: Answer) -> None:

@@ -120,8 +120,7 @@ class Pursuit:
             del begun  # a judgement takes long, and its values are large
             yield from self._judge(old, new, known)
         finally:
-            for future in self._gathering.asked:
-                future.cancel()
+            self._gathering.take_back()
             self._verdict = None
             self._put_back()
 

@@ -13,10 +13,12 @@ import torch
 import graphopt
 from graphopt.delta import AddNode, Delta, Rewire, SetAttr
 from graphopt.engine.better_path import BetterPath
+from graphopt.engine.builder_link import BuilderLink
 from graphopt.engine.engine import Engine
 from graphopt.engine.findings import Finding, Findings
 from graphopt.engine.gather import Gathering
 from graphopt.engine.prospects import Prospects
+from graphopt.engine.supply import Supply
 from graphopt.executor.guard import Hysteresis
 from graphopt.executor.step_trial import StepTrial
 from graphopt.executor.switch import Outcome, Switch
@@ -355,3 +357,29 @@ def test_what_is_recalled_takes_the_place_of_what_was_chosen(
     first = of(said, "plan.published", 3)[0]
     assert first["reason"] == "chosen before for this graph"
     assert {f.label: f.state for f in findings} == {LAYERED: "chosen", WHOLE: "replaced"}
+
+
+def test_the_builder_is_at_work_while_the_other_layers_are_loaded(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+):
+    """After a whole-graph plan all layers but one lie on disk, and loading them takes as long as
+    building that one.
+    """
+    settle_on_the_whole(engine, monkeypatch)
+    order: list[str] = []
+    build, fetch = BuilderLink.build, Supply.fetch
+
+    def asking(self: BuilderLink, job: Any) -> Any:
+        order.append("build")
+        return build(self, job)
+
+    def fetching(self: Supply, *args: Any) -> bool:
+        order.append("fetch")
+        return fetch(self, *args)
+
+    monkeypatch.setattr(BuilderLink, "build", asking)
+    monkeypatch.setattr(Supply, "fetch", fetching)
+    edit(engine, 3, 1.5)
+    assert engine.settle(SETTLED_S)
+    assert order[:7] == ["build", *["fetch"] * 6]
+    check_answers(engine)
