@@ -83,9 +83,10 @@ def gather(
     asked = _ask(link, make_job, first, bad, into)
     if missing:
         meanwhile(missing)
+    absent = {key for _, key in missing}
     lost = []  # on disk, where it did not load
     for entry in keyed:
-        if entry not in missing and not supply.fetch(facts, *entry):
+        if entry[1] not in absent and not supply.fetch(facts, *entry):
             lost.append(entry)
         into.count(supply, entry[1])
         if into.is_too_large:
