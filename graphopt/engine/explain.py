@@ -19,11 +19,11 @@ from graphopt.executor.plan import Step
 from graphopt.executor.switch import Phase
 from graphopt.explained import text_of
 
-PARTED = "parted"  # first word of the planner's label for regions where it found them cheapest
-
 if TYPE_CHECKING:
     from graphopt.engine.host import Host
     from graphopt.engine.live import LiveModel
+
+PARTED = "parted"  # first word of the planner's label for regions where it found them cheapest
 
 
 @dataclass(frozen=True, slots=True)

@@ -118,12 +118,12 @@ def make_forecast(
     if model is None:
         return None
     model.assume(costs["coefficients"])
-    _teach(model, facts, costs)
     listed = [Way(backend, Options(threads, document["streams"])) for backend, threads in ways]
     live = Options(document["threads"], document["streams"])
     pricing = Pricing(model, listed, live, costs["sizes"])
-    if not pricing.is_possible:
+    if not pricing.is_possible:  # a host that was never calibrated
         return None
+    _teach(model, facts, costs)  # before anything is priced
     planner = Planner(pricing)
     return Forecast(planner, planner.plan(facts, restless), basis, samples)
 

@@ -20,8 +20,9 @@ from graphopt.analysis.facts import Facts, Update
 from graphopt.executor.runs import joins
 from graphopt.planner.block_table import CUT, INSIDE, Prices, Table, table_of
 from graphopt.planner.chain_tree import Before, Leaf, Tree, grown, with_leaf, without
+from graphopt.planner.kept import Kept
 from graphopt.planner.layout import Run, chain
-from graphopt.planner.pricing import PRICES_KEPT, Pricing, Way, bytes_of, class_of
+from graphopt.planner.pricing import PRICES_KEPT, Priced, Pricing, Way, class_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +55,6 @@ class Planned:
     _tree: Tree | None
     _context: Prices | None
 
-    @property
-    def stands_for(self) -> tuple[int, int]:
-        """The least footprint in bytes that its prices stand for, and the first one above."""
-        return bytes_of(self.footprint_class), bytes_of(self.footprint_class + 1)
-
     @cached_property
     def regions(self) -> tuple[PlannedRegion, ...]:
         """What it is made of, in the order of the chain; context values beside them."""
@@ -85,7 +81,7 @@ class Planner:
         if not pricing.is_possible:
             raise ValueError("the cost model knows nothing of the live path: run calibrate")
         self.pricing = pricing
-        self._tables: dict[tuple[str, int, bool, bool], tuple[Prices, Table, int]] = {}
+        self._tables: Kept[tuple[Priced, bool, bool], tuple[Prices, Table, int]] = Kept(PRICES_KEPT)
 
     def plan(self, facts: Facts, restless: Set[str] = frozenset()) -> Planned:
         """The plan of a graph, from scratch. Raises KeyError for a symbol without a size."""
@@ -162,14 +158,12 @@ class Planner:
     def _leaf(self, facts: Facts, block: str, class_: int, restless: Set[str]) -> Leaf:
         region, entry = facts.regions[block], facts.blocks.blocks[block].entry
         is_joined, is_apart = entry != START and joins(facts, entry), block in restless
-        key = (region.key, class_, is_joined, is_apart)
+        key = (self.pricing.priced(region, class_), is_joined, is_apart)
         known = self._tables.get(key)
         if known is None:
             prices = self.pricing.of(facts, region, class_)
             table, alone = table_of(prices, is_joined=is_joined, is_apart=is_apart)
             known = self._tables[key] = (prices, table, alone)
-            while len(self._tables) > PRICES_KEPT:
-                del self._tables[next(iter(self._tables))]
         prices, table, alone = known
         return Leaf(block, table, alone, prices.body_s, prices.footprint_bytes)
 

@@ -17,6 +17,7 @@ from graphopt.costs.plan_cost import Works
 from graphopt.costs.work import Work
 from graphopt.executor.backend import Backend, Options
 from graphopt.planner.block_table import Prices
+from graphopt.planner.kept import Kept
 from graphopt.planner.support import Support
 
 PRICES_KEPT = 4_096  # structures, about 1 kB each
@@ -25,17 +26,15 @@ EAGER, FUSED = "eager", "fused"
 _FUSES = frozenset({LINEAR, CONVOLUTION, DEPTHWISE})
 
 
+Priced = tuple[str, tuple[int, ...], int]  # structure, sizes of its symbols, class of footprint
+
+
 @dataclass(frozen=True, slots=True)
 class Way:
     """One way of running a region: a backend with options, sizes left open."""
 
     backend: Backend
     options: Options
-
-    @property
-    def label(self) -> str:
-        """For people: `openvino, 2 threads`."""
-        return f"{self.backend.name}, {self.options.label}"
 
 
 class Pricing:
@@ -59,7 +58,7 @@ class Pricing:
         self._model = model
         self._live = live
         self._works = Works()
-        self._prices: dict[tuple[str, int], Prices] = {}
+        self._prices: Kept[Priced, Prices] = Kept(PRICES_KEPT)
         nothing = Work("", (), (), 1)
         self.ways = [
             way for way in ways if model.predict(nothing, way.backend.name, way.options) is not None
@@ -77,13 +76,15 @@ class Pricing:
 
         Raises KeyError naming a symbol that `sizes` lacks.
         """
-        key = (region.key, class_)
+        key = self.priced(region, class_)
         found = self._prices.get(key)
         if found is None:
             found = self._prices[key] = self._price(facts, region, bytes_of(class_))
-            while len(self._prices) > PRICES_KEPT:
-                del self._prices[next(iter(self._prices))]
         return found
+
+    def priced(self, region: Region, class_: int) -> Priced:
+        """What a price is told by. A key says which dims are alike, not how large they are."""
+        return (region.key, tuple([self.sizes[name] for name in region.symbols]), class_)
 
     def _price(self, facts: Facts, region: Region, within: int) -> Prices:
         own = self._works.of(facts, region, self.sizes, EAGER)

@@ -11,10 +11,11 @@ from graphopt.analysis.blocks import CONTEXT
 from graphopt.analysis.facts import Facts
 from graphopt.analysis.regions import Region
 from graphopt.executor.runs import run_region
+from graphopt.planner.kept import Kept
 from graphopt.planner.layout import Run, pieces_of
 
 VERDICTS_MAX = 4_096  # of a backend on a structure; all of this runs on one thread
-_VERDICTS: dict[Any, tuple[int, ...]] = {}
+_VERDICTS: Kept[Any, tuple[int, ...]] = Kept(VERDICTS_MAX)
 
 WhyNot = Callable[[Facts, Region], Mapping[str, str]]
 """Nodes that are to stay out, with reasons: a backend's `unsupported` or `without_rule`."""
@@ -56,7 +57,7 @@ class Support:
         if found is None:
             regions = self._facts.regions
             is_fine = all(self.takes(regions[block]) for block in run)
-            found = _keep(key, () if is_fine else self._verdict(region))
+            found = _VERDICTS[key] = () if is_fine else self._verdict(region)
         return found
 
     def _verdict(self, region: Region) -> tuple[int, ...]:
@@ -64,15 +65,8 @@ class Support:
         found = _VERDICTS.get(key)
         if found is None:
             bad = self._why_not(self._facts, region)
-            found = _keep(key, tuple(i for i, id in enumerate(region.order) if id in bad))
+            found = _VERDICTS[key] = tuple(i for i, id in enumerate(region.order) if id in bad)
         return found
 
     def _ranges_of(self, region: Region) -> object:
         return tuple([self._ranges.get(name) for name in region.symbols])
-
-
-def _keep(key: object, found: tuple[int, ...]) -> tuple[int, ...]:
-    _VERDICTS[key] = found
-    while len(_VERDICTS) > VERDICTS_MAX:
-        del _VERDICTS[next(iter(_VERDICTS))]
-    return found

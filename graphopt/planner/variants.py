@@ -8,6 +8,7 @@ from graphopt.analysis.facts import Facts
 from graphopt.analysis.regions import Region
 from graphopt.executor.backend import Backend, Options
 from graphopt.executor.runs import run_region
+from graphopt.planner.kept import Kept
 from graphopt.planner.layout import Run
 
 # Of the time that requests take: the rest of them, on the live path's tiers, may well take half as long
@@ -17,7 +18,7 @@ CHOICES_MAX = 4_096  # of a backend for a structure; proposals are made on one t
 
 Document = Mapping[str, Any]
 Extra = tuple[tuple[str, str], ...]
-_CHOICES: dict[Any, dict[Extra, Options]] = {}
+_CHOICES: Kept[Any, dict[Extra, Options]] = Kept(CHOICES_MAX)
 
 
 def variants(
@@ -28,9 +29,8 @@ def variants(
     for piece in pieces:
         region = run_region(facts, piece)
         offers.append((list(piece), region.symbols, _choices(facts, region, backend, base)))
-    entries: dict[
-        tuple[Options, tuple[str, ...]], list[dict[str, Any]]
-    ] = {}  # most pieces are alike
+    # Most pieces are alike
+    entries: dict[tuple[Options, tuple[str, ...]], list[dict[str, Any]]] = {}
     found_by: dict[Extra, list[dict[str, Any]]] = {}
     for extra in dict.fromkeys(extra for _, _, choices in offers for extra in choices):
         regions = found_by[extra] = []
@@ -56,8 +56,6 @@ def _choices(
     if found is None:
         offered = backend.choices(facts, region, base)
         found = _CHOICES[key] = {choice.extra: choice for choice in offered}
-        while len(_CHOICES) > CHOICES_MAX:
-            del _CHOICES[next(iter(_CHOICES))]
     return found
 
 

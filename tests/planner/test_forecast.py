@@ -177,7 +177,7 @@ def version() -> Version:
     return version
 
 
-@pytest.mark.parametrize("restless", [[], ["layer.2/add_1"]])
+@pytest.mark.parametrize("restless", [[], ["layer.2/add"]])
 def test_a_forecast_is_repaired_and_is_the_one_from_scratch(
     version: Version, restless: list[str]
 ) -> None:
@@ -191,7 +191,7 @@ def test_a_forecast_is_repaired_and_is_the_one_from_scratch(
     assert scratch is not None
     assert repaired.planner is kept.planner
     assert repaired.planned.seconds == scratch.planned.seconds
-    assert repaired.planned.restless == scratch.planned.restless
+    assert repaired.planned.restless == scratch.planned.restless == frozenset(restless)
     assert [r.blocks for r in repaired.planned.regions] == [
         r.blocks for r in scratch.planned.regions
     ]
@@ -273,6 +273,16 @@ def test_the_builder_keeps_the_forecast_with_the_revision() -> None:
     assert later.standing[1] == ()
     workshop.propose(later, {**asked, "costs": None})
     assert later.standing is None
+
+
+def test_a_host_that_was_never_calibrated_costs_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = document({})
+    options = {"threads": 2, "streams": 1, "sizes": None, "extra": []}
+    asked["costs"]["samples"] = [[[chain(FACTS)[3]], "eager", options, 1e-4]]
+    worked: list[object] = []
+    monkeypatch.setattr("graphopt.planner.forecast.as_given", lambda *args: worked.append(args))
+    assert foresee(FACTS, asked, offered=OFFERED) is None
+    assert worked == []
 
 
 def test_a_forecast_that_fails_costs_no_proposal() -> None:

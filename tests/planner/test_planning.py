@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 
 from graphopt.analysis.blocks import CONTEXT, START
 from graphopt.analysis.facts import Facts, analyse, update
-from graphopt.analysis.regions import Region
+from graphopt.analysis.regions import Region, build_region
 from graphopt.costs.model import Prediction
 from graphopt.costs.work import Work
 from graphopt.delta import AddNode, Delta, RemoveNode, Rewire, SetAttr, SetOutputs, apply_fully
@@ -209,7 +209,7 @@ def check_same(planned: Planned, scratch: Planned) -> None:
     assert planned.seconds == scratch.seconds  # to the last bit
     assert planned.whole == scratch.whole
     assert planned.regions == scratch.regions
-    assert planned.stands_for == scratch.stands_for
+    assert planned.footprint_class == scratch.footprint_class
 
 
 def edits_of_a_transformer(count: int, n_layers: int) -> Iterator[tuple[Facts, object]]:
@@ -277,7 +277,7 @@ def test_another_class_of_footprint_prices_everything_anew() -> None:
     pricing = pricing_of(facts)
     planner = Planner(pricing)
     planned = planner.plan(facts)
-    seen, last = {planned.stands_for}, facts.graph.outputs[0][1]
+    seen, last = {planned.footprint_class}, facts.graph.outputs[0][1]
     for i in range(12):
         added = Ref(f"more.{i}")
         edit = Delta([AddNode(added.id, "aten.exp.default", (last,)), Rewire(last, added)])
@@ -286,7 +286,7 @@ def test_another_class_of_footprint_prices_everything_anew() -> None:
         facts, last = step.facts, added
         planned = planner.after(planned, step)
         check_same(planned, Planner(pricing).plan(facts))
-        seen.add(planned.stands_for)
+        seen.add(planned.footprint_class)
     assert len(seen) > 1
 
 
@@ -347,6 +347,35 @@ def test_without_coefficients_of_the_live_path_there_is_no_plan() -> None:
     blind = Pricing(ByHash(knows=("a",)), WAYS, LIVE, sizes)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="calibrate"):
         Planner(blind)
+
+
+def test_one_structure_at_two_sizes_has_two_prices() -> None:
+    """A key tells which dims are alike, not which dims of the graph they are."""
+    b = Builder()
+    out = b.node("few", "exp.default", Ref("x")), b.node("many", "exp.default", Ref("y"))
+    inputs = [(n, TensorType("f32", (symbol(d), 8))) for n, d in (("x", "few"), ("y", "many"))]
+    symbols = [Symbol("few", 1, 64), Symbol("many", 1, 64)]
+    outputs = [("a", out[0]), ("b", out[1])]
+    facts = analyse(Graph.build("g", b.nodes, inputs, outputs, {}, symbols=symbols))
+    parts = [
+        build_region(facts.graph, facts.type_of, (ref,), lambda id, ref=ref: id == ref.id)  # type: ignore[misc]
+        for ref in out
+    ]
+    assert parts[0].key == parts[1].key
+    model = ByWork()
+    for first, second in (parts, parts[::-1]):
+        pricing = Pricing(model, WAYS, LIVE, {"few": 2, "many": 32})  # type: ignore[arg-type]
+        prices = {part: pricing.of(facts, part, 40).body_s[0] for part in (first, second)}
+        assert prices[parts[1]] == pytest.approx(16 * prices[parts[0]])
+
+
+@dataclass
+class ByWork:
+    """A cost model of bytes alone."""
+
+    def predict(self, work: Work, backend: str, options: Options) -> Prediction | None:
+        seconds = 1e-9 * sum(each.bytes for each in work.kernels)
+        return Prediction(seconds, seconds, seconds, seconds)
 
 
 def test_a_way_that_the_model_does_not_know_is_left_out() -> None:
