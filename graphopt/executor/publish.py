@@ -22,6 +22,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import isfinite
 from weakref import WeakSet
 
 import torch
@@ -34,7 +35,9 @@ from graphopt.limits import PLANS_RETIRED_MAX
 IDLE = float("inf")  # what a reader that runs nothing has noted
 WAKE_EVERY = 4  # requests of a trial or watch between two calls of `Slot.wake`
 FAULTS_MAX = 16  # kept until somebody asks; each rollback is one, and dwell keeps them rare
-FINITE_ELEMENTS_MAX = 1 << 16  # outputs up to this size are looked at for NaN: about 10 us
+# Outputs up to this size are looked at for NaN. Of 64 KB behind a BERT-mini a sum takes 100 us, and a look at
+# each element 275.
+FINITE_ELEMENTS_MAX = 1 << 16
 
 Answer = tuple[dict[str, torch.Tensor], Plan]
 
@@ -363,7 +366,8 @@ def _not_finite(outputs: Mapping[str, torch.Tensor]) -> str | None:
         if (
             value.is_floating_point()
             and value.numel() <= FINITE_ELEMENTS_MAX
-            and not bool(torch.isfinite(value).all())
+            and not isfinite(value.sum())
+            and not bool(torch.isfinite(value).all())  # a sum of large numbers is infinite as well
         ):
             return name
     return None

@@ -136,6 +136,15 @@ class TrialResult:
     buckets: tuple[BucketFigures, ...]
     reason: str
 
+    @property
+    def is_no_slower(self) -> bool:
+        """Whether the candidate is better, or as good as the current plan in all that was measured."""
+        if self.verdict != "equal":
+            return self.verdict == "better"
+        bound = 1.0 + self.margin
+        ratios = [self.ratio, *(figures.ratio for figures in self.buckets)]
+        return all(ratio is not None and ratio <= bound for ratio in ratios)
+
 
 class _Lane:
     """The pairs of one bucket."""

@@ -5,6 +5,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from executor.scripted_plans import (
 )
 from graphopt.errors import RequestError
 from graphopt.executor.idle_trial import IdleTrial
-from graphopt.executor.publish import Slot
+from graphopt.executor.publish import Slot, _not_finite
 from graphopt.executor.signed_rank import PAIRS_MAX, Bounds, Spending, bounds_of, combine
 from graphopt.executor.trial import (
     ACCEPTANCE,
@@ -35,6 +36,7 @@ from graphopt.executor.trial import (
     CONFIRMATION,
     FUTILE_LOSS_PAIRS,
     FUTILE_PAIRS,
+    BucketFigures,
     Trial,
     TrialResult,
     TrialSettings,
@@ -490,3 +492,40 @@ def test_an_input_that_no_plan_can_run_ends_no_trial() -> None:
 def test_a_confirmation_may_end_after_five_pairs() -> None:
     result, requests = simulate(lognormal(0, 0.05), 0.5, CONFIRMATION)
     assert (result.verdict, result.pairs, requests) == ("better", 5, 2 * BLOCK * 5)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "ratio", "by_bucket", "expected"),
+    [
+        ("better", 0.9, (0.9,), True),
+        ("equal", 1.02, (1.02, 0.9), True),
+        ("equal", 1.0, (1.03, 0.8), False),  # one shape pays for the other
+        ("equal", 1.03, (), False),  # most likely slower, and not for certain
+        ("equal", None, (), False),  # too few pairs to tell
+        ("worse", 0.5, (), False),
+        ("failed", 0.5, (), False),
+    ],
+)
+def test_no_slower_is_better_or_as_good_for_every_shape(
+    verdict: Any, ratio: float | None, by_bucket: tuple[float, ...], *, expected: bool
+) -> None:
+    figures = [
+        BucketFigures((i,), 9, 0.5, 1.0, each, each, None, None, 0.1)
+        for i, each in enumerate(by_bucket)
+    ]
+    result = TrialResult(
+        verdict, "old", "new", 9, 0.02, ratio, None, None, tuple(figures), "of a test"
+    )
+    assert result.is_no_slower is expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_an_output_is_wrong_when_any_element_is_not_finite(
+    dtype: torch.dtype, wrong: float
+) -> None:
+    most = torch.finfo(dtype).max
+    large = torch.full((64,), most, dtype=dtype)  # the sum of which is infinite
+    assert _not_finite({"x": torch.ones(3), "large": large}) is None
+    large[17] = wrong
+    assert _not_finite({"x": torch.ones(3), "large": large}) == "large"

@@ -1,9 +1,14 @@
 """How a loaded artifact is called: reads in and exits out without copies, by any number of threads.
 
 A *slot* is one run in flight: an infer request, a binding. Slots are taken from a pool and put
-back, so there are as many as calls were ever made at once. Memory is bound by address: a tensor
-that lies where the last one lay is not bound again, and a slot keeps no read alive. What is small
-is copied instead, which costs less than a binding; large results use memory again (`outputs`).
+back. Memory is bound by address: a tensor that lies where the last one lay is not bound again, and a
+slot keeps no read alive. A result lies where its slot has written it, and the slot is bound to other
+memory only if it is needed again while somebody holds that result (`outputs`): there are twice as many
+slots as calls were ever made at once, since a caller lets go of a result when he has the next one.
+What is small is copied instead, which costs less than a binding.
+
+A request finds its code and data evicted by the weights of the one before, so that whatever is touched
+here costs 5 to 20 times what it does in a loop by itself: few and plain calls are the rule.
 
 Deliberately absent: runtimes; each brings its own slot.
 """
@@ -23,10 +28,10 @@ from graphopt.executor.backends.outputs import Outputs
 from graphopt.executor.backends.translate import Guard
 from graphopt.types import TensorType
 
-# A copy of 16 KiB takes a microsecond, a binding two or three. Of results that are computed into memory
-# which is in the caches, more: with 64 KiB a BERT-mini takes 75 us less, of 2,400, than with a binding for
-# each. From 128 KiB on glibc maps fresh memory for each copy.
-STAGED_READ_BYTES_MAX, STAGED_EXIT_BYTES_MAX = 16 << 10, 120 << 10
+# A copy of 16 KiB takes a microsecond, a binding two or three
+STAGED_BYTES_MAX = 16 << 10
+# Up to so many integers are looked at as a list: behind 16 MB of weights 33 us for 64 of them, 92 by numpy
+FEW = 512
 _Guard = tuple[int, int, int]  # read, low, high
 SHAPES_KEPT = 256  # of exits by symbol values: one small tuple each
 
@@ -53,31 +58,41 @@ class _Lane:
         "staged_reads",
     )  # fmt: skip
 
-    def __init__(self, slot: Slot, n_reads: int, dtypes: Sequence[torch.dtype]) -> None:
+    def __init__(self, slot: Slot, n_reads: int, outputs: list[Outputs]) -> None:
         self.slot = slot
         self.run = slot.run
         self.bound_reads: list[Any] = [None] * n_reads
-        self.bound_exits: list[Any] = [None] * len(dtypes)
-        self.outputs = [Outputs(dtype) for dtype in dtypes]
+        self.bound_exits: list[Any] = [None] * len(outputs)
+        self.outputs = outputs
         self.staged_reads: list[tuple[int, torch.Tensor]] = []
         self.staged_exits: list[tuple[int, torch.Tensor]] = []
         self.bounds: _Bounds | None = None
+
+    def is_free(self) -> bool:
+        """Whether nobody holds the last results: a run writes the next ones to the same places."""
+        for each in self.outputs:  # noqa: SIM110 - a generator is one more frame
+            if not each.is_free():
+                return False
+        return True
 
 
 class _Bounds:
     """Staged integer reads side by side, and what each element of them must keep within.
 
-    One pass over all of them: a value is in bounds when its distance from the lower one, taken as an
-    unsigned number, is no more than the distance of the upper one. Three calls of numpy, 3 us where
+    Many are looked at in one pass: a value is in bounds when its distance from the lower one, taken as
+    an unsigned number, is no more than the distance of the upper one. Three calls of numpy, 3 us where
     a minimum and a maximum of each of three reads take 20, and 60 with cold caches.
     """
 
-    __slots__ = ("_beyond", "_distance", "_low", "_span", "_unsigned", "_values", "parts")
+    __slots__ = ("_beyond", "_distance", "_few", "_low", "_span", "_unsigned", "_values", "parts")
 
     def __init__(self, shapes: Sequence[tuple[int, ...]], guards: Sequence[_Guard]) -> None:
         sizes = [prod(shape) for shape in shapes]
         self._values = np.zeros(sum(sizes), np.int64)
         starts = np.cumsum([0, *sizes])
+        ends = zip(starts[:-1].tolist(), starts[1:].tolist(), guards, strict=True)
+        few = [(start, end, low, high) for start, end, (_, low, high) in ends if start < end]
+        self._few = few if sum(sizes) <= FEW else None
         whole = torch.from_numpy(self._values)
         self.parts = [
             whole[start : start + size].view(shape)
@@ -93,6 +108,13 @@ class _Bounds:
 
     def are_kept(self) -> bool:
         """Whether all values are in bounds."""
+        if self._few is not None:
+            values = self._values.tolist()
+            for start, end, low, high in self._few:
+                part = values[start:end]
+                if min(part) < low or max(part) > high:
+                    return False
+            return True
         np.subtract(self._values, self._low, out=self._distance)  # wraps, as it should
         np.greater(self._unsigned, self._span, out=self._beyond)
         return not self._beyond.any()
@@ -118,17 +140,17 @@ class Calls:
         self._exit_types = sheet.computed_types()
         self._echoes = sheet.echoes
         self._dtypes = [TORCH_DTYPES[type_.dtype] for type_ in self._exit_types]
-        fixed = [_plain(type_) for type_ in self._exit_types]
-        self._fixed = [shape or () for shape in fixed]
-        self._is_fixed = None not in fixed
+        self._exits = [_plain(type_) for type_ in self._exit_types]
+        self._fixed = [shape or () for shape in self._exits]
+        self._is_fixed = None not in self._exits
         self._shapes: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
         self._stage_read = [
-            shape is not None and _n_bytes(shape, type_.dtype) <= STAGED_READ_BYTES_MAX
+            shape is not None and _n_bytes(shape, type_.dtype) <= STAGED_BYTES_MAX
             for shape, type_ in zip(self._reads, sheet.read_types(), strict=True)
         ]
         self._stage_exit = [
-            shape is not None and _n_bytes(shape, type_.dtype) <= STAGED_EXIT_BYTES_MAX
-            for shape, type_ in zip(fixed, self._exit_types, strict=True)
+            shape is not None and _n_bytes(shape, type_.dtype) <= STAGED_BYTES_MAX
+            for shape, type_ in zip(self._exits, self._exit_types, strict=True)
         ]
         # Small reads of fixed shape are looked at where they are staged, the others one by one
         self._staged_guards = [
@@ -142,6 +164,7 @@ class Calls:
         self._binds_reads = [i for i in range(n_reads) if not is_staged[i]]
         self._binds_exits = [i for i, staged in enumerate(self._stage_exit) if not staged]
         self._pool: list[_Lane] = []
+        self._lanes = self._at_once = 0  # about: a lost count is one spare lane less
 
     def __call__(self, *args: Any) -> Any:
         """See `Loaded.function`."""
@@ -150,7 +173,10 @@ class Calls:
         try:
             lane = self._pool.pop()  # atomic; two threads never get the same
         except IndexError:
+            self._at_once += 1
             lane = self._new_lane()
+        if self._binds_exits and not lane.is_free():
+            lane = self._free_lane(lane)
         for index, staged in lane.staged_reads:
             staged.copy_(args[index])
         if lane.bounds is not None and not lane.bounds.are_kept():
@@ -167,6 +193,18 @@ class Calls:
         del held
         self._pool.append(lane)  # after a failure it is not: its state is unknown
         return outs[0] if len(outs) == 1 else tuple(outs)
+
+    def _free_lane(self, held: _Lane) -> _Lane:
+        """One whose last results nobody holds in the place of `held`, which is put back; else `held`."""
+        try:
+            other = self._pool.pop()
+        except IndexError:
+            if self._lanes >= 2 * self._at_once:
+                return held
+            other = self._new_lane()
+        lane, back = (other, held) if other.is_free() else (held, other)
+        self._pool.append(back)
+        return lane
 
     def _bind_exits(self, lane: _Lane, args: Sequence[Any]) -> list[Any]:
         """Tensors for the exits that are not staged, in order, bound."""
@@ -215,7 +253,12 @@ class Calls:
 
     def _new_lane(self) -> _Lane:
         n_reads = self._n_reads + len(self._scalars)
-        lane = _Lane(self._new_slot(), n_reads, self._dtypes)
+        outputs = [
+            Outputs(dtype, is_fixed=shape is not None)
+            for dtype, shape in zip(self._dtypes, self._exits, strict=True)
+        ]
+        lane = _Lane(self._new_slot(), n_reads, outputs)
+        self._lanes += 1
         guarded: dict[int, torch.Tensor] = {}
         if self._staged_guards:
             indices = [index for index, _, _ in self._staged_guards]
@@ -257,6 +300,8 @@ def _merged(guards: Sequence[Guard]) -> tuple[_Guard, ...]:
 
 
 def _check(index: int, tensor: torch.Tensor, low: int, high: int) -> None:
+    if not tensor.numel():
+        return
     least, most = (int(value) for value in torch.aminmax(tensor))
     if least < low or most > high:
         raise RequestError(

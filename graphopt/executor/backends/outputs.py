@@ -1,9 +1,9 @@
 """Memory for large results, used again when nobody holds the last one.
 
 Fresh memory costs a page fault for every 4 KiB: 0.6 ms for the 13 MB of a language model's logits.
-torch keeps no freed CPU memory, so a few results are kept here and handed out under a new name each
-time. One is free again when nothing but this module refers to its storage: no tensor, no view, no
-array or buffer made of one, and no storage object.
+torch keeps no freed CPU memory, so results are kept here and handed out under a new name each time.
+One is free again when nothing but this module refers to its storage: no tensor, no view, no array or
+buffer made of one, and no storage object.
 """
 
 import sys
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-KEPT = 2  # of one exit of one lane: the result that the caller still holds, and the next one
+SHAPES_KEPT = 2  # of one exit of one lane, where its shape varies
 BYTES_MAX = 64 << 20  # of one result; above it the kernel's work is small beside the model's
 
 
@@ -37,20 +37,28 @@ class _Kept:
 class Outputs:
     """The results of one exit of one lane; not for several threads at once."""
 
-    __slots__ = ("_dtype", "_kept")
+    __slots__ = ("_dtype", "_kept", "_most")
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, *, is_fixed: bool) -> None:
+        """`is_fixed`: all results have one shape."""
         self._dtype = dtype
-        self._kept: list[_Kept] = []
+        self._most = 1 if is_fixed else SHAPES_KEPT
+        self._kept: list[_Kept] = []  # what was handed out last is the first
+
+    def is_free(self) -> bool:
+        """Whether nobody holds the last result, so that one of its shape lies where it lay."""
+        return not self._kept or self._kept[0].is_free()
 
     def take(self, shape: tuple[int, ...]) -> torch.Tensor:
         """An uninitialised contiguous tensor of its own, as far as anybody can tell."""
-        for kept in self._kept:
+        for i, kept in enumerate(self._kept):
             if kept.shape == shape and kept.is_free():
+                if i:
+                    self._kept.insert(0, self._kept.pop(i))
                 return kept.tensor.detach()
         new = _Kept(shape, self._dtype)
         if new.tensor.nbytes <= BYTES_MAX:
-            self._kept = [new, *self._kept[: KEPT - 1]]
+            self._kept = [new, *self._kept[: self._most - 1]]
         return new.tensor.detach()
 
 
