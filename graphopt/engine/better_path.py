@@ -364,11 +364,14 @@ class BetterPath:
                 course.model.forget_candidates()
             course.model.slot.reap()
         used = self.artifacts_in_use()
-        while self.supply.trim(used) and not any(
-            course.model.slot.is_busy() for course in list(self._courses.values())
-        ):
+        while self.supply.trim(used) and not self._has_requests():
             pass
+        self.supply.heap.give_back(is_quiet=not self._has_requests())
         self._notify()
+
+    def _has_requests(self) -> bool:
+        """Whether a request runs now."""
+        return any(course.model.slot.is_busy() for course in list(self._courses.values()))
 
     def _renew(self, course: _Course) -> None:
         pin = self.pins.get(course.model.name)

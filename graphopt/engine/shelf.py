@@ -73,10 +73,10 @@ class Shelf:
         with self._lock:
             self._candidates.pop(key, None)
 
-    def trim(self, is_used: Callable[[Key], bool], count_max: int = MANY) -> int:
+    def trim(self, is_used: Callable[[Key], bool], count_max: int = MANY) -> list[int]:
         """Gives up candidates no live plan uses, oldest first, down to the bound on those.
 
-        At most `count_max` at a time; returns how many went.
+        At most `count_max` at a time; returns the sizes of those that went, bytes.
         """
         gone: list[Candidate] = []  # torn down after the lock is free
         with self._lock:
@@ -89,4 +89,4 @@ class Shelf:
                     break
                 gone.append(self._candidates.pop(key))
                 excess -= gone[-1].size_bytes
-        return len(gone)
+        return [candidate.size_bytes for candidate in gone]

@@ -6,7 +6,6 @@ what was built stays on disk within another. Loading compiles nothing (law 5). E
 on the background thread.
 """
 
-import ctypes
 import json
 import shutil
 from collections import deque
@@ -20,6 +19,7 @@ from graphopt.engine.artifacts import ArtifactCache
 from graphopt.engine.assembly import Keyed, Piece, artifact_key
 from graphopt.engine.builder_jobs import BuildJob
 from graphopt.engine.fingerprint import host_fingerprint
+from graphopt.engine.heap import Heap
 from graphopt.engine.live import Clocks
 from graphopt.engine.measured import Cost, CostKey, KnownPlan, Measured
 from graphopt.engine.records import EngineSettings, ModelLimits
@@ -38,6 +38,7 @@ class Supply:
 
     def __init__(self, folder: Path, settings: EngineSettings, clocks: Clocks) -> None:
         self.loaded = Shelf(UNUSED_BYTES_MAX)
+        self.heap = Heap(clocks.monotonic_s)
         self._settings = settings
         self._versions: dict[str, str] | None = None
         self._pinned: set[ArtifactKey] = set()
@@ -183,6 +184,7 @@ class Supply:
 
     def release(self, key: ArtifactKey) -> None:
         """Lets go of an artifact that no plan runs; it stays on disk."""
+        self.heap.freed(self.held_bytes(key))
         self.loaded.drop(key)
         self._unpin_gone()
 
@@ -191,8 +193,10 @@ class Supply:
 
         One at a time: a runtime holds the GIL while it is torn down, 30 ms for a large region.
         """
-        if not self.loaded.trim(used.__contains__, 1):
+        gone = self.loaded.trim(used.__contains__, 1)
+        if not gone:
             return False
+        self.heap.freed(sum(gone))
         self._unpin_gone()
         return True
 
@@ -219,7 +223,6 @@ class Supply:
         for key in self._pinned - self.loaded.keys():
             self._pinned.discard(key)
             self._cache.unpin(key)
-        _give_back()
 
     def _dropped(self, name: str, reason: str) -> None:
         self._settings.events("artifact.dropped", {"artifact": name, "reason": reason})
@@ -229,10 +232,3 @@ def _is_built_for(limits: ModelLimits, piece: Piece) -> bool:
     """Whether an artifact expects as many threads and calls at once as a model may have."""
     options, budget = piece.options, limits.budget
     return options.threads <= budget.each and options.streams == budget.workers
-
-
-def _give_back() -> None:
-    """Returns freed memory to the system: runtimes leave holes of their weights' size in the heap."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; the GIL is free meanwhile
-    if trim is not None:
-        trim(0)
