@@ -8,7 +8,7 @@ on the way it leaves behind what was known before.
 Deliberately absent: which plans to pursue (`prospects`), and when a plan is faster (the switch).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,6 +22,7 @@ from graphopt.engine.findings import (
     State,
     judged,
     with_figures,
+    with_keys,
 )
 from graphopt.engine.gather import REASONS_KEPT, Gathering, gather
 from graphopt.engine.improve import FusedStage, Waiting
@@ -34,7 +35,7 @@ from graphopt.engine.supply import Supply
 from graphopt.engine.traffic import latency_of
 from graphopt.engine.warming import look_ahead, warm
 from graphopt.executor.arrangement import Arrangement, ArtifactKey
-from graphopt.executor.step_trial import Beginnings
+from graphopt.executor.step_trial import Beginnings, TierAndKey
 from graphopt.executor.switch import Outcome
 from graphopt.tables import bytes_word
 
@@ -116,7 +117,7 @@ class Pursuit:
                 begun = Beginnings(old.plan, begun.inputs)
             if not self._warm(new, begun):
                 return
-            known = yield from self._compare(new, begun)
+            new, known = yield from self._compare(old, new, begun)
             del begun  # a judgement takes long, and its values are large
             yield from self._judge(old, new, known)
         finally:
@@ -211,20 +212,29 @@ class Pursuit:
             self._end("building", "no request to try it on")
         return bool(ran) and not reason
 
-    def _compare(self, new: Arrangement, begun: Beginnings) -> Waiting:
-        """Why the plan needs no trial; empty when it does."""
+    def _compare(self, old: Arrangement, new: Arrangement, begun: Beginnings) -> Waiting:
+        """The plan to be judged, and why it needs no trial; empty when it does.
+
+        It is `new`, or without those of its regions that have still to win something.
+        """
         proven = self._means.supply.proven(self._finding.family)
         if has_won(self._finding, self._before, proven):
-            return "it won with regions of this structure before"
+            return new, "it won with regions of this structure before"
         if not is_alike(self._facts, self._finding, self._before, self._keyed, proven):
-            return ""
+            return new, ""
         proven_steps = {(piece.backend, key[0]) for piece, key in self._keyed if key[0] in proven}
-        return (
-            yield from compare_steps(
-                self._model, begun, new.plan, proven_steps,
-                self._means.others_serve, self._means.now_s,
-            )
+        known = yield from compare_steps(
+            self._model, begun, new.plan, proven_steps,
+            self._means.others_serve, self._means.now_s,
         )  # fmt: skip
+        if known:
+            return new, known
+        part = _without_others(old, new, proven_steps)
+        if part is None:
+            return new, ""
+        self._keyed = [(piece, key) for piece, key in self._keyed if key[0] in proven]
+        self._finding = with_keys(self._finding, self._facts, self._keyed)
+        return part, "it won with regions of these structures before, and is without the new ones"
 
     def _judge(self, old: Arrangement, new: Arrangement, known: str) -> Waiting:
         """Has the switch decide. `known`: why no trial is needed."""
@@ -288,3 +298,13 @@ class Pursuit:
             return
         if now.state in ("building", "on trial"):
             self._findings.note(before)
+
+
+def _without_others(
+    old: Arrangement, new: Arrangement, proven: Set[TierAndKey]
+) -> Arrangement | None:
+    """`new` without the regions that are not proven; None where it has nothing over `old` then."""
+    kept = [each for each in new.overlays if (each.step.tier, each.step.key) in proven]
+    part = Arrangement.of(new.base, kept)
+    before, after = set(map(id, old.overlays)), set(map(id, kept))
+    return part if before < after else None

@@ -1,4 +1,7 @@
-"""A plan that won before, but for a few regions: are these faster than what runs in their place?
+"""A plan that won before, but for a few regions: are these any slower than what runs in their place?
+
+Where they take as long, the plan is as good as it was, and the regions of later deltas have theirs to
+go by; that they gain nothing is no reason to take the others away.
 
 A generator of the background thread, as a campaign is: beside requests of other models it takes a
 small share of the time, and where requests of its own model leave it none it gives up, so that these
@@ -30,7 +33,7 @@ def compare_steps(
     others_serve: Callable[[LiveModel], bool],
     now_s: Callable[[], float],
 ) -> Waiting:
-    """Why the plan `new` is faster than the published one; empty when it is not, or requests came.
+    """Why the plan `new` needs no trial; empty when its new steps are slower, or requests came.
 
     Args:
         model: whose plans they are.
@@ -53,6 +56,6 @@ def compare_steps(
             pairs, paired_s = trial.pairs, now_s()
         if result is None:
             yield max(RETRY_S, spent_s * (1 / BESIDE_SHARE - 1) if is_beside else 0.0)
-    if result is None or result.verdict != "better":
+    if result is None or not result.is_no_slower:
         return ""
     return f"it won with most of its regions before, and its new steps take {result.reason}"

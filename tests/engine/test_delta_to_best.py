@@ -135,23 +135,64 @@ def test_the_runtime_comes_before_the_fused_steps(engine: Engine, said: Said):
     check_answers(engine)
 
 
-def test_steps_that_are_no_faster_leave_the_word_to_a_trial(
+def compare_as(monkeypatch: pytest.MonkeyPatch, **found: Any) -> list[TrialResult]:
+    """Has every comparison of steps end so, when it ends; returns what they found themselves."""
+    run = StepTrial.run
+    really: list[TrialResult] = []
+
+    def changed(self: StepTrial, budget_s: float) -> TrialResult | None:
+        result = run(self, budget_s)
+        if result is None:
+            return None
+        really.append(result)
+        return replace(result, buckets=(), **found)
+
+    monkeypatch.setattr(StepTrial, "run", changed)
+    return really
+
+
+def test_steps_that_take_as_long_complete_the_plan(
     engine: Engine, said: Said, monkeypatch: pytest.MonkeyPatch
 ):
-    run = StepTrial.run
-    verdicts: list[str] = []
-
-    def slower(self: StepTrial, budget_s: float) -> TrialResult | None:
-        found = run(self, budget_s)
-        if found is not None:
-            verdicts.append(found.verdict)
-            found = replace(found, verdict="worse")
-        return found
-
-    monkeypatch.setattr(StepTrial, "run", slower)
+    compared = compare_as(monkeypatch, verdict="equal", ratio=1.01, reason="1.01 of the time")
     edit(engine, 3)
     assert engine.settle(SETTLED_S)
-    assert verdicts
+    assert compared
+    assert len(engine.model.arrangement.overlays) == 7
+    assert of(said, "plan.published", 2)[0]["cause"] == "known_cost"
+    check_answers(engine)
+
+
+@pytest.mark.parametrize(
+    "found", [{"verdict": "worse", "ratio": 1.2}, {"verdict": "equal", "ratio": 1.03}], ids=str
+)
+def test_layers_that_won_do_not_wait_for_a_new_one_that_is_slower(
+    engine: Engine, said: Said, monkeypatch: pytest.MonkeyPatch, found: dict[str, Any]
+):
+    """A trial of whole requests takes ten seconds and more, and they have nothing to prove."""
+    settle_on_the_whole(engine, monkeypatch)
+    monkeypatch.setattr(Prospects, "is_open", lambda self, plan: plan["label"] == LAYERED)
+    compared = compare_as(monkeypatch, **found)
+    engine.apply(Delta([SetAttr("layer.3/gelu", "approximate", "tanh")]))  # a new structure
+    assert engine.settle(SETTLED_S)
+    assert compared
+    decided = [f for f in of(said, "plan.published", engine.model.revision) if "cause" in f]
+    assert [f["cause"] for f in decided] == ["known_cost"]
+    assert "without the new ones" in decided[0]["reason"]
+    run = {block for overlay in engine.model.arrangement.overlays for block in overlay.step.blocks}
+    edited = engine.model.facts.home_of("layer.3/gelu")
+    assert edited not in run
+    assert len(engine.model.arrangement.overlays) == 6
+    check_answers(engine)
+
+
+def test_steps_that_are_slower_leave_the_word_to_a_trial(
+    engine: Engine, said: Said, monkeypatch: pytest.MonkeyPatch
+):
+    compared = compare_as(monkeypatch, verdict="worse")
+    edit(engine, 3)
+    assert engine.settle(SETTLED_S)
+    assert compared
     causes = [f["cause"] for name, f in said if name in ("plan.published", "plan.declined")
               if f.get("revision") == 2 and "cause" in f]  # fmt: skip
     assert "known_cost" not in causes
