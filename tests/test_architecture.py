@@ -26,7 +26,7 @@ BANNED_NAMES = {"utils", "util", "misc", "common", "helpers", "stuff"}
 # Layers of graphopt, lowest first. A module imports from its own layer (without a cycle) and from
 # those before it.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "limits", "tables", "explained"),
+    ("errors", "limits", "tables", "explained", "kept"),
     (
         "dims",
         "types",

@@ -12,6 +12,7 @@ from typing import Literal
 
 from graphopt.analysis.facts import Facts
 from graphopt.engine.assembly import Keyed
+from graphopt.engine.kinds import kind_of
 from graphopt.executor.switch import Outcome
 
 SAME_SHARE = 0.75  # of the structures: as long as they are the same, a conclusion stands
@@ -31,6 +32,7 @@ class Finding:
         reason: for people, with figures.
         revision: on which it was concluded.
         structures: keys of the regions it is made of.
+        kinds: of these regions: see `kinds`.
         blocks: structure keys of the blocks in these.
         shapes: labels of the shape variants it has.
         ratio: time per request over that of the plan it was tried against, in its last trial; None
@@ -50,6 +52,7 @@ class Finding:
     reason: str = ""
     revision: int = 0
     structures: frozenset[str] = frozenset()
+    kinds: frozenset[str] = frozenset()
     blocks: frozenset[str] = frozenset()
     shapes: frozenset[str] = frozenset()
     ratio: float | None = None
@@ -118,6 +121,7 @@ def with_keys(finding: Finding, facts: Facts, keyed: Keyed) -> Finding:
     return replace(
         finding,
         structures=frozenset(key[0] for _, key in keyed),
+        kinds=frozenset(kind_of(facts, piece.blocks) for piece, _ in keyed),
         blocks=frozenset(facts.regions[block].key for piece, _ in keyed for block in piece.blocks),
         shapes=frozenset(piece.options.label for piece, _ in keyed),
     )

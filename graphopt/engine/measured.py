@@ -28,7 +28,7 @@ COSTS_MAX = 20_000  # about 5 MB; the least recently measured given up first
 MODELS_MAX = 256
 GRAPHS_MAX = 8  # of a model: revisions it may be rolled back to, or started at
 LABELS_MAX = 256
-STRUCTURES_MAX = 4_096  # of a label
+KINDS_MAX = 4_096  # of a label
 STEPS_MAX = 4_096  # of a plan that is remembered
 
 Bucket = tuple[int, ...]
@@ -153,15 +153,15 @@ class Measured:
 
     # -- ways of running that were chosen by trial
 
-    def prove(self, label: str, structures: Iterable[str]) -> None:
-        """A way of running was chosen by trial with regions of these structure keys."""
+    def prove(self, label: str, kinds: Iterable[str]) -> None:
+        """A way of running was chosen by trial with regions of these kinds."""
         known = self._proven.setdefault(label, OrderedDict())
         self._proven.move_to_end(label)
-        for structure in structures:
-            if structure not in known:
-                known[structure] = None
+        for kind in kinds:
+            if kind not in known:
+                known[kind] = None
                 self._is_changed = True
-        _trim(known, STRUCTURES_MAX)
+        _trim(known, KINDS_MAX)
         _trim(self._proven, LABELS_MAX)
 
     def disprove(self, label: str) -> None:
@@ -170,7 +170,7 @@ class Measured:
             self._is_changed = True
 
     def proven(self, label: str) -> frozenset[str]:
-        """The structure keys of regions with which a way of running was chosen on this host."""
+        """The kinds of regions with which a way of running was chosen on this host."""
         return frozenset(self._proven.get(label, ()))
 
     # -- the file

@@ -13,6 +13,7 @@ from collections.abc import Callable, Set
 from graphopt.analysis.facts import Facts
 from graphopt.engine.assembly import Keyed
 from graphopt.engine.findings import SAME_SHARE, Finding
+from graphopt.engine.kinds import kind_of
 from graphopt.executor.arrangement import ArtifactKey
 
 NEAR = 0.25  # of a plan's nodes, at most, that are to be built: a layer or two of a network
@@ -39,16 +40,17 @@ def has_won(finding: Finding, before: Finding | None, proven: Set[str]) -> bool:
     Args:
         finding: about the plan.
         before: what was concluded about this way of running the last time.
-        proven: structure keys of regions with which it won trials on this host.
+        proven: kinds of regions with which it won trials on this host.
     """
-    return _won_before(finding, before) and finding.structures <= proven
+    return _won_before(finding, before) and finding.kinds <= proven
 
 
 def is_alike(
     facts: Facts, finding: Finding, before: Finding | None, keyed: Keyed, proven: Set[str]
 ) -> bool:
     """Whether it won with most of these regions, by their nodes; `keyed` are the plan's pieces."""
-    share = share_of(facts, keyed, lambda key: key[0] in proven)
+    won = {key for piece, key in keyed if kind_of(facts, piece.blocks) in proven}
+    share = share_of(facts, keyed, won.__contains__)
     return _won_before(finding, before) and share >= SAME_SHARE
 
 

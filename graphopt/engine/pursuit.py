@@ -26,6 +26,7 @@ from graphopt.engine.findings import (
 )
 from graphopt.engine.gather import REASONS_KEPT, Gathering, gather
 from graphopt.engine.improve import FusedStage, Waiting
+from graphopt.engine.kinds import kind_of
 from graphopt.engine.live import LiveModel
 from graphopt.engine.pins import Pins
 from graphopt.engine.precedent import has_run, has_won, is_alike, nodes_of
@@ -137,7 +138,7 @@ class Pursuit:
         if outcome.decision == "published":
             self._findings.choose(finding)
             # By a trial, or step by step: what was not proven is among the steps that were compared
-            self._means.supply.prove(finding.family, finding.structures)
+            self._means.supply.prove(finding.family, finding.kinds)
         elif self._verdict is not None:
             self._findings.note(finding)
         if self._verdict is not None:
@@ -219,10 +220,14 @@ class Pursuit:
         """
         proven = self._means.supply.proven(self._finding.family)
         if has_won(self._finding, self._before, proven):
-            return new, "it won with regions of this structure before"
+            return new, "it won with regions of this kind before"
         if not is_alike(self._facts, self._finding, self._before, self._keyed, proven):
             return new, ""
-        proven_steps = {(piece.backend, key[0]) for piece, key in self._keyed if key[0] in proven}
+        won = [
+            (piece, key) for piece, key in self._keyed
+            if kind_of(self._facts, piece.blocks) in proven
+        ]  # fmt: skip
+        proven_steps = {(piece.backend, key[0]) for piece, key in won}
         known = yield from compare_steps(
             self._model, begun, new.plan, proven_steps,
             self._means.others_serve, self._means.now_s,
@@ -232,9 +237,9 @@ class Pursuit:
         part = _without_others(old, new, proven_steps)
         if part is None:
             return new, ""
-        self._keyed = [(piece, key) for piece, key in self._keyed if key[0] in proven]
-        self._finding = with_keys(self._finding, self._facts, self._keyed)
-        return part, "it won with regions of these structures before, and is without the new ones"
+        self._keyed = won
+        self._finding = with_keys(self._finding, self._facts, won)
+        return part, "it won with regions of these kinds before, and is without the new ones"
 
     def _judge(self, old: Arrangement, new: Arrangement, known: str) -> Waiting:
         """Has the switch decide. `known`: why no trial is needed."""

@@ -46,7 +46,7 @@ def compare_steps(
     trial = Trial(beginnings.plan.id, new.id, SETTINGS)
     driver = StepTrial(trial, beginnings, new, model.slot, now_s, proven)
     if not driver.stretches:
-        return "it won with regions of these structures before"
+        return "it won with regions of these kinds before"
     pairs, paired_s, result = 0, now_s(), None
     while result is None and now_s() < paired_s + PATIENCE_S:
         is_beside, begun_s = others_serve(model), now_s()

@@ -162,12 +162,12 @@ class Supply:
         self._measured.save()
 
     def proven(self, label: str) -> frozenset[str]:
-        """Structures of regions that a way of running was chosen with on this host."""
+        """Kinds of regions that a way of running was chosen with on this host."""
         return self._measured.proven(label)
 
-    def prove(self, label: str, structures: frozenset[str]) -> None:
-        """That way of running was chosen by trial with these structures."""
-        self._measured.prove(label, structures)
+    def prove(self, label: str, kinds: frozenset[str]) -> None:
+        """That way of running was chosen with regions of these kinds."""
+        self._measured.prove(label, kinds)
 
     def cost(self, key: CostKey) -> Cost | None:
         """What was measured for a region on this host; any thread may ask."""

@@ -18,9 +18,9 @@ from math import inf
 from graphopt.analysis.blocks import CONTEXT, END, START
 from graphopt.analysis.facts import Facts, Update
 from graphopt.executor.runs import joins
+from graphopt.kept import Kept
 from graphopt.planner.block_table import CUT, INSIDE, Prices, Table, table_of
 from graphopt.planner.chain_tree import Before, Leaf, Tree, grown, with_leaf, without
-from graphopt.planner.kept import Kept
 from graphopt.planner.layout import Run, chain
 from graphopt.planner.pricing import PRICES_KEPT, Priced, Pricing, Way, class_of
 

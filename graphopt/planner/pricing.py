@@ -16,8 +16,8 @@ from graphopt.costs.op_work import CONVOLUTION, DEPTHWISE, LINEAR
 from graphopt.costs.plan_cost import Works
 from graphopt.costs.work import Work
 from graphopt.executor.backend import Backend, Options
+from graphopt.kept import Kept
 from graphopt.planner.block_table import Prices
-from graphopt.planner.kept import Kept
 from graphopt.planner.support import Support
 
 PRICES_KEPT = 4_096  # structures, about 1 kB each

@@ -11,7 +11,7 @@ from graphopt.analysis.blocks import CONTEXT
 from graphopt.analysis.facts import Facts
 from graphopt.analysis.regions import Region
 from graphopt.executor.runs import run_region
-from graphopt.planner.kept import Kept
+from graphopt.kept import Kept
 from graphopt.planner.layout import Run, pieces_of
 
 VERDICTS_MAX = 4_096  # of a backend on a structure; all of this runs on one thread

@@ -8,7 +8,7 @@ from graphopt.analysis.facts import Facts
 from graphopt.analysis.regions import Region
 from graphopt.executor.backend import Backend, Options
 from graphopt.executor.runs import run_region
-from graphopt.planner.kept import Kept
+from graphopt.kept import Kept
 from graphopt.planner.layout import Run
 
 # Of the time that requests take: the rest of them, on the live path's tiers, may well take half as long

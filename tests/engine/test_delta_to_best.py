@@ -17,6 +17,7 @@ from graphopt.engine.builder_link import BuilderLink
 from graphopt.engine.engine import Engine
 from graphopt.engine.findings import Finding, Findings
 from graphopt.engine.gather import Gathering
+from graphopt.engine.kinds import kind_of
 from graphopt.engine.prospects import Prospects
 from graphopt.engine.supply import Supply
 from graphopt.executor.guard import Hysteresis
@@ -86,7 +87,7 @@ def engine(said: Said, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
         forced.close()
         (found,) = engine.host.better.findings("transformer")
         assert (found.label, found.state) == (LAYERED, "chosen")
-        engine.host.better.supply.prove(LAYERED, found.structures)
+        engine.host.better.supply.prove(LAYERED, found.kinds)
         said.clear()
         yield engine
 
@@ -232,6 +233,24 @@ def test_what_runs_stays_chosen_when_its_new_layer_is_no_gain(
     check_answers(engine)
 
 
+def test_another_factor_is_nothing_new_to_compare(
+    engine: Engine, said: Said, monkeypatch: pytest.MonkeyPatch
+):
+    """It takes as long, whatever it computes; another op in its place may not."""
+    edit(engine, 3)
+    assert engine.settle(SETTLED_S)
+    compared = compare_as(monkeypatch)
+    edit(engine, 1, 1.5)
+    assert engine.settle(SETTLED_S)
+    assert compared == []
+    assert len(engine.model.arrangement.overlays) == 7
+    assert "regions of this kind" in of(said, "plan.published", 3)[0]["reason"]
+    engine.apply(Delta([SetAttr("layer.2/gelu", "approximate", "tanh")]))
+    assert engine.settle(SETTLED_S)
+    assert compared != []
+    check_answers(engine)
+
+
 def test_an_attribute_is_an_edit_like_any_other(engine: Engine, said: Said):
     engine.apply(Delta([SetAttr("layer.3/gelu", "approximate", "tanh")]))
     assert engine.settle(SETTLED_S)
@@ -265,7 +284,7 @@ def test_after_a_whole_graph_the_layers_come_back_by_the_new_one_alone(
 
     settle_on_the_whole(engine, monkeypatch)
     monkeypatch.setattr(StepTrial, "__init__", counting)
-    edit(engine, 3, 1.5)
+    engine.apply(Delta([SetAttr("layer.3/gelu", "approximate", "tanh")]))
     assert not engine.model.arrangement.overlays
     assert engine.settle(SETTLED_S)
     first = of(said, "plan.published", 3)[0]
@@ -314,12 +333,13 @@ def test_a_delta_right_after_a_publication_finds_the_way_that_runs(
     """The campaign that published it is ended before it goes on; so is one that was still building."""
     findings = engine.host.better.findings("transformer")
     tell = BetterPath._tell
-    left, ran = [4.0, 3.0], set[str]()
+    left, ran = [4, 3], set[str]()  # integers: each is a kind of its own
 
     def tell_and_edit(self: BetterPath, course: Any, outcome: Outcome) -> None:
         tell(self, course, outcome)
         if outcome.decision == "published" and left:
-            ran.update(overlay.step.key for overlay in engine.model.arrangement.overlays)
+            facts, overlays = engine.model.facts, engine.model.arrangement.overlays
+            ran.update(kind_of(facts, overlay.step.blocks) for overlay in overlays)
             # As if it came in that moment, and to the same place: no later plan has that region
             engine.apply(Delta([SetAttr("scaled.0", "other", left.pop())]))
 

@@ -1,6 +1,6 @@
 """What the planner looks up is bounded: a builder lives for months."""
 
-from graphopt.planner.kept import Kept
+from graphopt.kept import Kept
 
 
 def test_the_oldest_goes_first_and_an_update_is_no_newcomer() -> None:

@@ -1,4 +1,4 @@
-"""What was looked up, within a bound: answers of the planner depend on structure, and structures repeat."""
+"""What was looked up, within a bound: structures repeat, and what is asked about them with them."""
 
 from typing import TypeVar
 
