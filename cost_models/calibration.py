@@ -39,8 +39,8 @@ from graphopt.engine.thread_budget import usable_cpus
 from graphopt.errors import GraphoptError
 from graphopt.executor.backend import Backend
 
-# Graphs that have no turn by then are left out; the last ones repeat classes. The host's own figures take 25 to
-# 35 s before that, and all of it is to stay under two minutes.
+# Graphs that have no turn by then are left out; the last ones repeat classes. The host's own figures take 25
+# to 35 s before that, and all of it is to stay under two minutes.
 BUDGET_S = 78.0
 PATIENCE_S = 20.0  # of waiting for a calm host, in all
 THREADS_MAX = 4  # of one call: more than four are rarely given to a request
