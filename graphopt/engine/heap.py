@@ -9,9 +9,8 @@ requests never end only for large holes and seldom.
 import ctypes
 from collections.abc import Callable
 
-HOLES_MAX = (
-    64 << 20
-)  # bytes that may stay while requests run: about what a few deltas' layers weigh
+# Bytes that may stay while requests run: about what a few deltas' layers weigh
+HOLES_MAX = 64 << 20
 EVERY_S = 30.0  # between two calls that requests may notice
 
 

@@ -1,7 +1,7 @@
-"""What decides how long a run of blocks takes: its ops, types and attributes, but for the values of
-floats among these. A factor of 1.25 costs what one of 1.5 does, so that what was compared with one of
-them need not be compared with the other; whether it computes the right thing is another question, which
-the builder answers for each.
+"""What decides how long a run of blocks takes: its ops, types and attributes, but for the floats of
+plain arithmetic. A factor of 1.25 costs what one of 1.5 does, so that what was compared with one of them
+need not be compared with the other; a power of 2.0 is another kernel than one of 2.5. Whether it computes
+the right thing is another question, which the builder answers for each.
 
 Deliberately absent: how its values are wired, which the boundary and the ops leave little of.
 """
@@ -14,6 +14,14 @@ from graphopt.analysis.regions import Region
 from graphopt.graph import Arg, Const, Ref
 from graphopt.kept import Kept
 
+# Ops that take as long with any float
+ARITHMETIC = frozenset(
+    f"aten.{name}"
+    for name in (
+        "add.Scalar", "add.Tensor", "sub.Scalar", "sub.Tensor", "rsub.Scalar", "mul.Scalar", "mul.Tensor",
+        "div.Scalar", "div.Tensor",
+    )
+)  # fmt: skip
 BLOCKS_KEPT = 4_096
 _KINDS: Kept[str, str] = Kept(BLOCKS_KEPT)
 
@@ -40,8 +48,9 @@ def _lines(facts: Facts, region: Region, numbers: dict[str, str]) -> Iterator[st
         yield str(graph.constants[name].type)
     for id in region.order:
         node = graph.nodes[id]
-        named = [f"{name}={_masked(value)}" for name, value in node.kwargs]
-        yield " ".join([node.op, *map(_masked, node.args), *named])
+        write = _masked if node.op in ARITHMETIC else _written
+        named = [f"{name}={write(value)}" for name, value in node.kwargs]
+        yield " ".join([node.op, *map(write, node.args), *named])
 
 
 def _words(facts: Facts, ref: Ref) -> list[str]:
@@ -49,12 +58,14 @@ def _words(facts: Facts, ref: Ref) -> list[str]:
     return [getattr(type_, "dtype", "int"), *map(str, getattr(type_, "shape", ()))]
 
 
-def _masked(arg: Arg) -> str:
+def _written(arg: Arg) -> str:
     if isinstance(arg, tuple):
-        return f"({' '.join(map(_masked, arg))})"
-    if isinstance(arg, Ref | Const):
-        return type(arg).__name__
-    return "float" if isinstance(arg, float) else repr(arg)
+        return f"({' '.join(map(_written, arg))})"
+    return type(arg).__name__ if isinstance(arg, Ref | Const) else repr(arg)
+
+
+def _masked(arg: Arg) -> str:
+    return "float" if isinstance(arg, float) else _written(arg)
 
 
 def _digest(lines: Iterable[str]) -> str:

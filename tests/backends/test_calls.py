@@ -2,7 +2,7 @@
 
 import ctypes
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -25,6 +25,7 @@ class Doubling:
         made.append(self)
         self.read = self.exit = 0
         self.binds = 0
+        self.on_run: Callable[[], None] = lambda: None
 
     def bind_read(self, index: int, address: int, shape: tuple[int, ...]) -> None:
         self.read = address
@@ -34,6 +35,7 @@ class Doubling:
         self.binds += 1
 
     def run(self) -> None:
+        self.on_run()
         values, results = (
             torch.frombuffer((ctypes.c_float * WIDTH).from_address(each), dtype=torch.float32)
             for each in (self.read, self.exit)
@@ -106,6 +108,36 @@ def test_callers_at_once_have_two_slots_each_at_most() -> None:
         thread.join()
     assert wrong == []
     assert len(made) <= 8
+
+
+def test_a_caller_has_two_slots_beside_one_who_came_later_too() -> None:
+    """While a call of another takes long, nothing is bound anew for him who holds his last result."""
+    function, made = doubling()
+    last = function(given_(0))
+    last = function(given_(1))  # two slots, and nobody else
+    is_inside, may_end = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        if threading.current_thread() is other:
+            is_inside.set()
+            assert may_end.wait(60)
+
+    def call() -> None:
+        with torch.inference_mode():
+            function(given_(9))
+
+    for slot in made:
+        slot.on_run = wait
+    other = threading.Thread(target=call)
+    other.start()
+    assert is_inside.wait(60)
+    for i in range(2, 8):
+        result = function(given_(i))
+        assert (float(last[0]), float(result[0])) == (2 * (i - 1), 2 * i)
+        last = result
+    may_end.set()
+    other.join()
+    assert [slot.binds for slot in made] == [1, 1, 1]
 
 
 class Nothing:

@@ -47,6 +47,12 @@ def test_another_factor_is_of_the_same_kind(graph: Graph) -> None:
     assert kind(one, AT) == kind(other, AT)
 
 
+def test_another_power_is_another_kind(graph: Graph) -> None:
+    """A square is a kernel of its own."""
+    two, more = (scaled(graph, power, "aten.pow.Tensor_Scalar") for power in (2.0, 2.5))
+    assert kind(two, AT) != kind(more, AT)
+
+
 def test_other_values_of_a_weight_are_of_the_same_kind(graph: Graph) -> None:
     name = next(n for n, c in graph.constants.items() if "layer.2" in n and c.tensor.dim() == 2)
     doubled = analyse(apply(graph, Delta([PutConstant(name, graph.constants[name].tensor * 2)])))

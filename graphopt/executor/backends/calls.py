@@ -164,7 +164,6 @@ class Calls:
         self._binds_reads = [i for i in range(n_reads) if not is_staged[i]]
         self._binds_exits = [i for i, staged in enumerate(self._stage_exit) if not staged]
         self._pool: list[_Lane] = []
-        self._lanes = self._at_once = 0  # about: a lost count is one spare lane less
 
     def __call__(self, *args: Any) -> Any:
         """See `Loaded.function`."""
@@ -173,7 +172,6 @@ class Calls:
         try:
             lane = self._pool.pop()  # atomic; two threads never get the same
         except IndexError:
-            self._at_once += 1
             lane = self._new_lane()
         if self._binds_exits and not lane.is_free():
             lane = self._free_lane(lane)
@@ -195,12 +193,13 @@ class Calls:
         return outs[0] if len(outs) == 1 else tuple(outs)
 
     def _free_lane(self, held: _Lane) -> _Lane:
-        """One whose last results nobody holds in the place of `held`, which is put back; else `held`."""
+        """One whose last results nobody holds in the place of `held`, which is put back; else `held`.
+
+        A new one where all others are in use, so that there are two at most for each call at once.
+        """
         try:
             other = self._pool.pop()
         except IndexError:
-            if self._lanes >= 2 * self._at_once:
-                return held
             other = self._new_lane()
         lane, back = (other, held) if other.is_free() else (held, other)
         self._pool.append(back)
@@ -258,7 +257,6 @@ class Calls:
             for dtype, shape in zip(self._dtypes, self._exits, strict=True)
         ]
         lane = _Lane(self._new_slot(), n_reads, outputs)
-        self._lanes += 1
         guarded: dict[int, torch.Tensor] = {}
         if self._staged_guards:
             indices = [index for index, _, _ in self._staged_guards]
