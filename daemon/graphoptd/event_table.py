@@ -170,7 +170,7 @@ EVENTS: Mapping[str, Event] = _events(
         "info",
         "a proven candidate was tried and is no gain; it is not tried again while its regions stay alike",
         "graph revision plan_id from_plan_id reason",
-        "cause ratio ratio_low ratio_high pairs backoff_s",
+        "cause block ratio ratio_low ratio_high pairs backoff_s",
     ),
     (
         "plan.confirmed",

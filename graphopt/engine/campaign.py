@@ -19,6 +19,7 @@ from graphopt.analysis.facts import Facts
 from graphopt.engine.assembly import overlays_of
 from graphopt.engine.builder_link import BuilderLink
 from graphopt.engine.findings import Finding, Findings, with_figures, with_keys
+from graphopt.engine.fused_comparison import drop_slower
 from graphopt.engine.improve import Waiting
 from graphopt.engine.live import LiveModel, MovedOnError
 from graphopt.engine.prospects import Proposal, Prospects
@@ -122,6 +123,7 @@ class Campaign:
         waits = has_runtimes and not recalled and self.findings.chosen is not None
         if not waits:
             yield from self._prepare_fused()
+            yield from self._compare_fused()
         if link is None or not has_runtimes:
             return
         if recalled and not hot_shapes(self.model.slot).buckets:
@@ -143,10 +145,17 @@ class Campaign:
         if waits:
             yield from self._prepare_fused()
         self._conclude(facts)
+        yield from self._compare_fused()
 
     def _prepare_fused(self) -> Waiting:
         if self._may_prepare("fused"):
             yield from self._means.fused.course(self.model)
+
+    def _compare_fused(self) -> Waiting:
+        means = self._means
+        yield from drop_slower(
+            self.model, self._facts, means.fused, means.others_serve, means.now_s
+        )
 
     def _propose(self, link: BuilderLink) -> Waiting:
         """The plans that the builder proposes; none when it cannot."""

@@ -14,6 +14,7 @@ import torch
 from graphopt.analysis.facts import Facts
 from graphopt.builder.records import UNDECIDED, Answer, finite
 from graphopt.engine.builder_link import BuilderLink
+from graphopt.engine.kinds import kind_of
 from graphopt.engine.live import LiveModel
 from graphopt.engine.shelf import Candidate, Key, Shelf
 from graphopt.executor.build import weight_key
@@ -22,9 +23,11 @@ from graphopt.executor.plan import Plan, Step, run_steps
 from graphopt.executor.runs import eager_run, run_of, run_region
 from graphopt.executor.samples import Sample, sample_inputs
 from graphopt.executor.verify import verify_step
+from graphopt.kept import Kept
 
 AT_ONCE = 32  # proofs asked for at a time: a part of the builder's queue
 REFUSED_KEPT = 4_096  # (region, weights) pairs remembered as not worth another try
+KINDS_KEPT = 4_096
 
 Run = tuple[str, ...]
 Waiting = Generator["Future[Any] | float | None", Any, Any]
@@ -38,13 +41,20 @@ class FusedStage:
         self._shelf = shelf
         self._link = link
         self._fused = FusedBuilder()
-        self._refused: dict[Key, str] = {}
+        self._refused: Kept[Key, str] = Kept(REFUSED_KEPT)
+        # Why steps of a kind gave way to eager ones; empty where they stand
+        self._compared: Kept[str, str] = Kept(KINDS_KEPT)
 
     def why_not(self, facts: Facts, block: str) -> str:
         """Why `block` runs eager: not tried yet, or the reason its candidate was declined or
         refused.
         """
-        return self._refused.get(_key(facts, run_of(facts, block)), "not prepared yet")
+        run = run_of(facts, block)
+        return (
+            self._refused.get(_key(facts, run))
+            or self._compared.get(kind_of(facts, run))
+            or "not prepared yet"
+        )
 
     def course(self, model: LiveModel) -> Waiting:
         """Prepares and proves candidates for what changed since the last call, then publishes them.
@@ -79,6 +89,18 @@ class FusedStage:
             if not is_done:
                 model.give_back(blocks)
 
+    def compared(self, kind: str) -> str | None:
+        """Why steps of this kind give way to `eager`; empty where they stand, None when not asked yet."""
+        return self._compared.get(kind)
+
+    def note_compared(self, kind: str, reason: str) -> None:
+        """What came of timing a step of this kind beside `eager`, as `compared` returns it."""
+        self._compared[kind] = reason
+
+    def forget(self, step: Step) -> None:
+        """A step that gives way is not to go live again."""
+        self._shelf.drop((step.key, step.weights))
+
     def _prepare(self, facts: Facts, blocks: set[str]) -> tuple[dict[str, Step], set[str]]:
         """Steps that are not proven yet, by their first block, and all blocks looked at."""
         candidates: dict[str, Step] = {}
@@ -88,9 +110,11 @@ class FusedStage:
             key = _key(facts, run)
             if key in self._refused or self._shelf.find(key) is not None:
                 continue
+            if self._compared.get(kind_of(facts, run)):
+                continue
             step = self._fused.prepare_run(facts, run)
             if step is None:
-                self._refuse(key, self._fused.why_run(facts, run))
+                self._refused[key] = self._fused.why_run(facts, run)
             else:
                 candidates[run[0]] = step
         return candidates, concerned
@@ -101,7 +125,7 @@ class FusedStage:
             "max_error": answer.max_error, "allowed": answer.allowed,
         }  # fmt: skip
         if not answer.ok:
-            self._refuse((step.key, step.weights), answer.reason)
+            self._refused[step.key, step.weights] = answer.reason
             model.settings.events(
                 "plan.refused", {**fields, "stage": answer.stage, "reason": answer.reason}
             )
@@ -112,11 +136,6 @@ class FusedStage:
             (step.key, step.weights), Candidate(step.tier, step.function, step.constants, size)
         )
         model.settings.events("plan.verified", fields)
-
-    def _refuse(self, key: Key, reason: str) -> None:
-        if len(self._refused) >= REFUSED_KEPT:
-            self._refused.pop(next(iter(self._refused)))
-        self._refused[key] = reason
 
 
 def _verdict(facts: Facts, step: Step, sample: Sample) -> Answer:

@@ -7,7 +7,7 @@ model as it was. One writer at a time; requests never wait for it.
 
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
@@ -29,7 +29,14 @@ from graphopt.engine.shelf import Shelf
 from graphopt.engine.summary import summary_of
 from graphopt.errors import DeltaError, GraphoptError
 from graphopt.executor.arrangement import Arrangement
-from graphopt.executor.build import EagerBuilder, bind_run, build_plan, replan, weight_key
+from graphopt.executor.build import (
+    EagerBuilder,
+    MakeStep,
+    bind_run,
+    build_plan,
+    replan,
+    weight_key,
+)
 from graphopt.executor.guard import Hysteresis
 from graphopt.executor.plan import Plan, Step, run_plan
 from graphopt.executor.publish import Answer, Slot
@@ -290,10 +297,20 @@ class LiveModel:
 
         False when the model has moved on.
         """
+        return self.publish(old, self.remade(old, facts, blocks))
+
+    def remade(
+        self, old: Arrangement, facts: Facts, blocks: Set[str], make: MakeStep | None = None
+    ) -> Arrangement:
+        """`old` with `blocks` of its base made anew: by `make`, else as the live path has them now."""
         none: frozenset[str] = frozenset()
         change = Update(facts, {}, frozenset(blocks), none, none, none)
-        base, _ = replan(old.base, change, old.plan.revision, self.live_step)
-        return self.publish(old, Arrangement.of(base, old.overlays))
+        base, _ = replan(old.base, change, old.plan.revision, make or self.live_step)
+        return Arrangement.of(base, old.overlays)
+
+    def bare(self, old: Arrangement, facts: Facts, blocks: Set[str]) -> Arrangement:
+        """`old` with `blocks` of its base on `eager`."""
+        return self.remade(old, facts, blocks, self._eager)
 
     def publish(self, old: Arrangement, new: Arrangement) -> bool:
         """Publishes `new`, made of `old` for the same revision; False when the model has moved on.
@@ -328,10 +345,8 @@ class LiveModel:
 
         MovedOnError when `facts` are not the current ones.
         """
-        old, none = self.arrangement_of(facts), frozenset[str]()
-        change = Update(facts, {}, old.covered(), none, none, none)
-        base, _ = replan(old.base, change, old.plan.revision, self._eager)
-        return self.publish(old, Arrangement.of(base, old.overlays))
+        old = self.arrangement_of(facts)
+        return self.publish(old, self.bare(old, facts, old.covered()))
 
     def keep_to(self, allows: Callable[[str], bool]) -> bool:
         """Publishes what is published without the steps on tiers that `allows` refuses.
@@ -340,15 +355,14 @@ class LiveModel:
         refused itself. False when the model has moved on.
         """
         with self._writing:
-            old, facts, none = self.arrangement, self.facts, frozenset[str]()
+            old, facts = self.arrangement, self.facts
         kept = [overlay for overlay in old.overlays if allows(overlay.step.tier)]
         bare = {b for o in old.overlays if not allows(o.step.tier) for b in o.step.blocks}
         bare |= {b for step in old.base.steps if not allows(step.tier) for b in step.blocks}
         if not bare:
             return True
         make = self.live_step if allows("fused") else self._eager
-        change = Update(facts, {}, frozenset(bare), none, none, none)
-        base, _ = replan(old.base, change, old.plan.revision, make)
+        base = self.remade(old, facts, bare, make).base
         if not self.publish(old, Arrangement.of(base, kept)):
             return False
         self.give_back(bare)
