@@ -3,8 +3,9 @@
 A line is one JSON object. The engine's lines have `op`: `model`, `delta`, `forget`, `samples`,
 `quarantine`, `build`, `verify_fused`, `propose`, `cancel`. The builder's have `say`: `policy` (how
 it is scheduled), `ready`, `synced` (a state message was taken in), `unknown` (it could not be),
-`started`, `trying` (native code that may bring it down, or nothing any more), `beat` (once a second
-while it works), `answer`.
+`started`, `trying` (native code that may bring it down, or nothing any more), `ran` (an artifact was
+loaded and has run: others may load it while it is proven), `beat` (once a second while it works),
+`answer`.
 
 Deliberately absent: tensors. They lie in files that both sides map.
 """
@@ -23,6 +24,7 @@ FUSED = (
 DONE = "done"
 UNSUPPORTED = "unsupported"  # the backend is not there, or cannot run a node of the region
 BUILD, LOAD, VERIFY = "build", "load", "verify"  # the stage that failed
+RAN = "ran"  # no failure: a stage that is reached within `verify`
 PROPOSE = "propose"  # the planner raised
 QUARANTINED = "quarantined"  # it brought a builder down before
 CRASHED, HUNG = "crashed", "hung"  # it brought this builder down

@@ -22,7 +22,16 @@ import torch
 
 from graphopt.analysis.regions import Region
 from graphopt.builder.models import ModelTable, UnknownRevisionError, Version
-from graphopt.builder.records import BUSY, CANCELLED, DONE, PROPOSE, UNKNOWN, Answer, encode_line
+from graphopt.builder.records import (
+    BUSY,
+    CANCELLED,
+    DONE,
+    PROPOSE,
+    RAN,
+    UNKNOWN,
+    Answer,
+    encode_line,
+)
 from graphopt.builder.workshop import Workshop, is_same_region
 from graphopt.executor.backends.trials import TRIALS, Trial
 from graphopt.executor.threads import LoneThread
@@ -178,6 +187,8 @@ class Server:
 
     def _work(self, job: _Job) -> None:
         def watch(stage: str) -> None:
+            if stage == RAN:
+                self.say({"say": RAN, "job": job.id})
             with self._beating:
                 self._at_work = (job.id, stage)
                 self._beating.notify()

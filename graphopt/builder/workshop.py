@@ -26,6 +26,7 @@ from graphopt.builder.records import (
     FUSED,
     LOAD,
     QUARANTINED,
+    RAN,
     UNSUPPORTED,
     VERIFY,
     Answer,
@@ -110,9 +111,8 @@ class Workshop:
                 constants = tuple(facts.graph.constants[name].tensor for name in region.consts)
                 loaded = _guard(LOAD, lambda: backend.load(folder, constants, options))
                 watch(VERIFY)
-                step = bind_run(
-                    facts, tuple(job["blocks"]), region, backend.name, loaded.function, ()
-                )
+                function = _telling(loaded.function, lambda: watch(RAN))
+                step = bind_run(facts, tuple(job["blocks"]), region, backend.name, function, ())
                 answer = self._verify(version, step, files, _sizes(region, options))
             except _FailedError as failed:
                 answer, build_s, size, loaded = failed.answer, None, None, None
@@ -259,6 +259,21 @@ def _backend(name: str, facts: Facts, region: Region) -> tuple[Backend, str]:
         reason = f"{name} cannot run {len(nodes)} nodes, first {pairs[0][0]}: {pairs[0][1]}"
         raise _FailedError(Answer(False, UNSUPPORTED, reason, version=version, unsupported=pairs))
     return backend, version
+
+
+def _telling(function: Callable[..., Any], tell: Callable[[], None]) -> Callable[..., Any]:
+    """`function`, which tells when it has run for the first time."""
+    has_run = False
+
+    def run(*args: Any) -> Any:
+        nonlocal has_run
+        result = function(*args)
+        if not has_run:
+            has_run = True
+            tell()
+        return result
+
+    return run
 
 
 def _edits(steps: tuple[PassStep, ...]) -> tuple[tuple[str, int], ...]:

@@ -109,6 +109,17 @@ class Pending:
     deaths: int = 0  # of builders that somebody killed while it was at work
     started: Mapping[str, Any] = field(default_factory=dict)  # region, weights, version
     trial: Mapping[str, Any] | None = None  # subject, backend, version of what is being tried
+    ran: "Future[bool]" = field(default_factory=Future)  # whether it has run where it is proven
+
+    @property
+    def has_run(self) -> bool:
+        """Whether its artifact may be in use, although it is not proven yet."""
+        return self.ran.done() and self.ran.result()
+
+    def note_ran(self, *, has_run: bool) -> None:
+        """Tells whoever waits; the first word stands."""
+        with suppress(InvalidStateError):
+            self.ran.set_result(has_run)
 
     def clear_folder(self) -> None:
         """Removes what a builder wrote for it. Only for one that had begun: it found the folder empty."""
@@ -131,12 +142,17 @@ class JobQueue:
         return len(self._pending)
 
     def add(
-        self, model: str, revision: int, make: Callable[[int], Mapping[str, Any]]
+        self,
+        model: str,
+        revision: int,
+        make: Callable[[int], Mapping[str, Any]],
+        ran: "Future[bool] | None" = None,
     ) -> tuple[Pending, bool]:
         """A new job, whose line `make` writes for its id; False when the queue is full."""
         with self._lock:
             self._last_id += 1
             pending = Pending(self._last_id, model, revision, make(self._last_id), Future())
+            pending.ran = ran or pending.ran
             has_room = len(self._pending) < self._count_max
             if has_room:
                 self._pending[pending.id] = pending
@@ -146,6 +162,12 @@ class JobQueue:
         """The job of that id, None once it is answered."""
         with self._lock:
             return self._pending.get(id)
+
+    def note_ran(self, id: int) -> None:
+        """Its artifact has run."""
+        pending = self.find(id)
+        if pending is not None:
+            pending.note_ran(has_run=True)
 
     def waiting(self) -> list[Pending]:
         """All of them."""
@@ -167,6 +189,7 @@ class JobQueue:
         """Answers a job once; an artifact that nobody will take is removed."""
         with self._lock:
             self._pending.pop(pending.id, None)
+        pending.note_ran(has_run=False)
         future = pending.future
         is_taken = not answer.ok  # then the builder has left nothing
         with suppress(InvalidStateError):

@@ -9,7 +9,6 @@ process, and any measurement of latency.
 """
 
 import os
-import select
 import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -42,7 +41,7 @@ from graphopt.engine.builder_jobs import (
     Pending,
     build_message,
 )
-from graphopt.engine.builder_process import BuilderProcess, exit_name, private_bytes
+from graphopt.engine.builder_process import BuilderProcess, exit_name, private_bytes, wait_for
 from graphopt.engine.builder_quarantine import Quarantine, Quarantined, candidate_of, last_words
 from graphopt.engine.builder_state import BuilderState
 from graphopt.engine.builder_watch import TICK_S, BuilderWatch
@@ -137,12 +136,14 @@ class BuilderLink:
 
     # -- jobs
 
-    def build(self, job: BuildJob) -> "Future[Answer]":
+    def build(self, job: BuildJob, ran: "Future[bool] | None" = None) -> "Future[Answer]":
         """Has a candidate built, loaded and verified. The future never raises: see `Answer.stage`.
 
-        Cancelling it takes the job back; one at work is finished and thrown away.
+        Cancelling it takes the job back; one at work is finished and thrown away. `ran` becomes True
+        when the artifact was loaded and has run in the builder, and may be loaded elsewhere while it is
+        proven; False when it never will.
         """
-        return self._submit(job.model, job.revision, lambda id: build_message(id, job))
+        return self._submit(job.model, job.revision, lambda id: build_message(id, job), ran)
 
     def verify_fused(self, model: str, revision: int, blocks: tuple[str, ...]) -> "Future[Answer]":
         """Has the `fused` step of a run verified; the answer is the verdict for its two keys."""
@@ -184,9 +185,13 @@ class BuilderLink:
     # -- queue
 
     def _submit(
-        self, model: str, revision: int, make: Callable[[int], Mapping[str, Any]]
+        self,
+        model: str,
+        revision: int,
+        make: Callable[[int], Mapping[str, Any]],
+        ran: "Future[bool] | None" = None,
     ) -> "Future[Any]":
-        pending, has_room = self._jobs.add(model, revision, make)
+        pending, has_room = self._jobs.add(model, revision, make, ran)
         with self._lock:
             is_open = not self._closing.is_set()
             if is_open and has_room and self._thread is None:
@@ -255,20 +260,12 @@ class BuilderLink:
     def _wait(self, has_jobs: bool) -> None:
         """Until something happens: a call, a line, room in the pipe, or the next look."""
         assert self._bell is not None
-        poll = select.poll()
-        poll.register(self._bell, select.POLLIN)
         timeout_s: float | None = None
         if self._process is not None:
-            poll.register(self._process.answers, select.POLLIN)
-            poll.register(self._process.errors, select.POLLIN)
-            if self._process.wants_to_write:
-                poll.register(self._process.commands, select.POLLOUT)
             timeout_s = TICK_S if has_jobs or not self._is_ready else self.settings.idle_s
         elif has_jobs:
             timeout_s = max(0.0, self._not_before_s - self._clock())
-        poll.poll(None if timeout_s is None else timeout_s * 1e3 + 1)
-        with suppress(BlockingIOError):
-            os.eventfd_read(self._bell)
+        wait_for(self._bell, self._process, timeout_s)
 
     def _withdraw_all(self) -> None:
         for pending in self._jobs.take_withdrawn():
@@ -338,6 +335,8 @@ class BuilderLink:
                     self._take_start(line)
                 case "trying":
                     self._take_trial(line)
+                case "ran":
+                    self._jobs.note_ran(line["job"])
                 case "beat":
                     self._watch.mark("silence")
                 case "synced" | "unknown":
@@ -452,6 +451,8 @@ class BuilderLink:
                 self._blame(
                     job, HUNG if is_ours else CRASHED, reason, 0 if is_ours else number, words
                 )
+            if job.has_run:  # not to be built anew under whoever has loaded it
+                self._jobs.resolve(job, Answer(False, CANCELLED, "its builder died"))
         if self._failures >= FAILURES_MAX:
             for pending in self._jobs.waiting():
                 text = f"the builder died {self._failures} times in a row: {reason}; {words[-200:]}"

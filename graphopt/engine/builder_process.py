@@ -8,6 +8,7 @@ runtime's last words are the evidence of a crash.
 import errno
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -127,6 +128,20 @@ class BuilderProcess:
         for descriptor in (self.commands, self.answers, self.errors):
             os.close(descriptor)
         return code
+
+
+def wait_for(bell: int, process: BuilderProcess | None, timeout_s: float | None) -> None:
+    """Until the eventfd `bell` rings, which is then silent again, or the process says or takes something."""
+    poll = select.poll()
+    poll.register(bell, select.POLLIN)
+    if process is not None:
+        poll.register(process.answers, select.POLLIN)
+        poll.register(process.errors, select.POLLIN)
+        if process.wants_to_write:
+            poll.register(process.commands, select.POLLOUT)
+    poll.poll(None if timeout_s is None else timeout_s * 1e3 + 1)
+    with suppress(BlockingIOError):
+        os.eventfd_read(bell)
 
 
 def private_bytes(pid: int) -> int | None:

@@ -25,10 +25,9 @@ from graphopt.engine.live import LiveModel, MovedOnError
 from graphopt.engine.prospects import Proposal, Prospects
 from graphopt.engine.pursuit import Means, Pursuit
 from graphopt.engine.traffic import hot_shapes, latency_of
-from graphopt.engine.warming import warm
+from graphopt.engine.warming import look_behind, warm
 from graphopt.errors import BuilderError
 from graphopt.executor.arrangement import Arrangement, ArtifactKey
-from graphopt.executor.step_trial import Beginnings
 from graphopt.executor.switch import Outcome
 
 
@@ -146,6 +145,9 @@ class Campaign:
             yield from self._prepare_fused()
         self._conclude(facts)
         yield from self._compare_fused()
+        published = self.model.arrangement_of(facts)
+        if published.overlays:
+            yield from look_behind(self.model.beginnings(facts, published.plan))
 
     def _prepare_fused(self) -> Waiting:
         if self._may_prepare("fused"):
@@ -203,7 +205,7 @@ class Campaign:
         new = Arrangement.of(old.base, overlays)
         finding = Finding(label, "chosen", "chosen before for this graph", self.revision)
         finding = with_keys(finding, facts, keyed)
-        if warm(new.plan, Beginnings(old.plan, self.model.inputs_of_shapes()))[1]:
+        if warm(new.plan, self.model.beginnings(facts, old.plan))[1]:
             return False
         self.model.introduce(new)
         if self.model.switch.consider(

@@ -14,7 +14,6 @@ from graphopt.engine.live import LiveModel
 from graphopt.engine.step_comparison import Clock, OthersServe, result_of
 from graphopt.executor.arrangement import Arrangement
 from graphopt.executor.plan import Step
-from graphopt.executor.step_trial import Beginnings
 
 
 def drop_slower(
@@ -45,7 +44,7 @@ def _compare(
     now_s: Clock,
 ) -> Waiting:
     """Times the `steps` of `old` whose kind was not compared yet, until requests leave no time."""
-    begun = Beginnings(old.plan, model.inputs_of_shapes())
+    begun = model.beginnings(facts, old.plan)
     has_requests = bool(model.requests())
     for kind, step in steps:
         if fused.compared(kind) is not None or (step.symbols and not has_requests):

@@ -17,6 +17,7 @@ from graphopt.engine.assembly import Keyed, Piece
 from graphopt.engine.builder_jobs import BuildJob
 from graphopt.engine.builder_link import BuilderLink
 from graphopt.engine.live import LiveModel
+from graphopt.engine.shelf import Candidate
 from graphopt.engine.supply import Supply
 from graphopt.executor.arrangement import ArtifactKey
 
@@ -70,11 +71,13 @@ def gather(
     keyed: Keyed,
     into: Gathering,
     meanwhile: Callable[[Keyed], None],
-) -> "Generator[Future[Answer], Answer, None]":
+    first_run: Callable[[Piece, Candidate], None],
+) -> "Generator[Future[Any], Any, None]":
     """A coroutine that waits for the builder and fills `into`; it ends early where that is too large.
 
     What lies on disk is loaded while the builder is at work, and `meanwhile` is called then, with what
-    was asked of it.
+    was asked of it. What has run in the builder is loaded while it is proven there, and `first_run`
+    called with it.
     """
     make_job = partial(supply.job, model.name, model.revision)  # of all waves
     missing = [entry for entry in keyed if not supply.is_at_hand(entry[1])]
@@ -94,8 +97,11 @@ def gather(
             return
     waves = [twins, *_waves(lost)]
     while asked or waves:
-        for piece, key, job, future in asked:
-            answer = yield future
+        for piece, key, job, future, ran in asked:
+            early = supply.load_early(facts, piece, job) if (yield ran) else None
+            if early is not None:
+                first_run(piece, early)
+            answer: Answer = yield future
             if answer.stage in UNDECIDED:
                 into.is_decided = False
             else:
@@ -103,7 +109,7 @@ def gather(
                 _tell(model, job.revision, piece, answer)
             stage, reason = answer.stage, answer.reason
             if answer.ok:
-                stage, reason = "load", supply.take(facts, piece, key, job, answer)
+                stage, reason = "load", supply.take(facts, piece, key, job, answer, early)
             if reason:
                 bad.add((key[0], key[-1]))
                 into.reasons.append(f"{piece.about}: {stage}: {reason}")
@@ -114,7 +120,7 @@ def gather(
         asked = _ask(link, make_job, waves.pop(0), bad, into) if waves else []
 
 
-_Asked = list[tuple[Piece, ArtifactKey, BuildJob, "Future[Answer]"]]
+_Asked = list[tuple[Piece, ArtifactKey, BuildJob, "Future[Answer]", "Future[bool]"]]
 
 
 def _ask(
@@ -128,9 +134,9 @@ def _ask(
     asked: _Asked = []
     for piece, key in wave:
         if (key[0], key[-1]) not in bad:
-            job = make_job(piece)
-            asked.append((piece, key, job, link.build(job)))
-    into.asked = [future for *_, future in asked]
+            job, ran = make_job(piece), Future[bool]()
+            asked.append((piece, key, job, link.build(job, ran), ran))
+    into.asked = [future for *_, future, _ in asked]
     return asked
 
 

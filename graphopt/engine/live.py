@@ -29,6 +29,7 @@ from graphopt.engine.shelf import Shelf
 from graphopt.engine.summary import summary_of
 from graphopt.errors import DeltaError, GraphoptError
 from graphopt.executor.arrangement import Arrangement
+from graphopt.executor.beginnings import Beginnings, Crossings
 from graphopt.executor.build import (
     EagerBuilder,
     MakeStep,
@@ -89,6 +90,7 @@ class LiveModel:
         self.facts = analyse(graph)
         check_outputs(self.facts)
         self.captured = Captured()
+        self._crossings = Crossings()
         self.churn = Churn(clocks.monotonic_s)
         self._eager = eager
         self._shelf = shelf
@@ -182,6 +184,10 @@ class LiveModel:
         """One of them for each shape."""
         kept = self.captured.collect(self.slot.plan)
         return [row[-1] for row in kept.values()] or [sample_inputs(self.facts)]
+
+    def beginnings(self, facts: Facts, plan: Plan) -> Beginnings:
+        """Where the steps of `plan`, of the graph of `facts`, begin on one input of each shape."""
+        return Beginnings(plan, self.inputs_of_shapes(), facts, self._crossings)
 
     def requests(self) -> list[Mapping[str, torch.Tensor]]:
         """Inputs of some real requests, of every shape that was met."""

@@ -34,9 +34,10 @@ from graphopt.engine.prospects import Proposal, Prospects
 from graphopt.engine.step_comparison import compare_steps
 from graphopt.engine.supply import Supply
 from graphopt.engine.traffic import latency_of
-from graphopt.engine.warming import look_ahead, warm
+from graphopt.engine.warming import first_run, look_ahead, warm
 from graphopt.executor.arrangement import Arrangement, ArtifactKey
-from graphopt.executor.step_trial import Beginnings, TierAndKey
+from graphopt.executor.beginnings import Beginnings
+from graphopt.executor.step_trial import TierAndKey
 from graphopt.executor.switch import Outcome
 from graphopt.tables import bytes_word
 
@@ -107,7 +108,7 @@ class Pursuit:
             return
         try:
             self._findings.note(self._finding)
-            begun = Beginnings(self._model.slot.plan, self._model.inputs_of_shapes())
+            begun = self._model.beginnings(self._facts, self._model.slot.plan)
             if not (yield from self._gather(begun)):
                 return
             old = self._model.arrangement_of(self._facts)
@@ -115,7 +116,7 @@ class Pursuit:
             if new is None:
                 return
             if old.plan is not begun.plan:
-                begun = Beginnings(old.plan, begun.inputs)
+                begun = self._model.beginnings(self._facts, old.plan)
             if not self._warm(new, begun):
                 return
             new, known = yield from self._compare(old, new, begun)
@@ -152,7 +153,7 @@ class Pursuit:
         gathered = self._gathering
         yield from gather(
             self._model, self._facts, self._means.link, self._means.supply, self._keyed, gathered,
-            partial(look_ahead, begun, self._before),
+            partial(look_ahead, begun, self._before), partial(first_run, begun, self._facts),
         )  # fmt: skip
         self._finding = replace(
             self._finding, build_s=gathered.build_s, resident_bytes=gathered.resident_bytes,

@@ -14,9 +14,10 @@ from typing import Any
 
 from graphopt.engine.improve import Waiting
 from graphopt.engine.live import LiveModel
+from graphopt.executor.beginnings import Beginnings
 from graphopt.executor.idle_trial import ALONE_S, BESIDE_SHARE
 from graphopt.executor.plan import Plan
-from graphopt.executor.step_trial import Beginnings, StepTrial, TierAndKey, unproven
+from graphopt.executor.step_trial import StepTrial, TierAndKey, unproven
 from graphopt.executor.trial import ACCEPTANCE, Trial, TrialResult
 
 PATIENCE_S = 2.0  # without another pair: then requests decide, in a trial

@@ -90,21 +90,37 @@ class Supply:
         if found is None:
             return False
         try:
-            self._load(facts, piece, key, found.folder)
+            self._shelve(key, _loaded(facts, piece, found.folder))
         except GraphoptError as error:
             self._cache.drop(key, f"it does not load: {error}")
             return False
         return True
 
+    def load_early(self, facts: Facts, piece: Piece, job: BuildJob) -> Candidate | None:
+        """What the builder made and is at proving, for `take`; nobody else sees it before. None where
+        it does not load, which `take` will say.
+        """
+        try:
+            return _loaded(facts, piece, job.folder)
+        except GraphoptError:
+            return None
+
     def take(
-        self, facts: Facts, piece: Piece, key: ArtifactKey, job: BuildJob, answer: Answer
+        self,
+        facts: Facts,
+        piece: Piece,
+        key: ArtifactKey,
+        job: BuildJob,
+        answer: Answer,
+        early: Candidate | None = None,
     ) -> str:
         """Loads what the builder made and proved; the reason when that cannot be done.
 
-        `store` keeps it on disk: a plan need not wait until it is synced.
+        `store` keeps it on disk: a plan need not wait until it is synced. `early` is what was loaded
+        before it was proven.
         """
         try:
-            self._load(facts, piece, key, job.folder)
+            self._shelve(key, early or _loaded(facts, piece, job.folder))
         except GraphoptError as error:
             shutil.rmtree(job.folder, ignore_errors=True)
             return str(error)
@@ -205,16 +221,8 @@ class Supply:
         self.store()
         self._measured.save()
 
-    def _load(self, facts: Facts, piece: Piece, key: ArtifactKey, folder: Path) -> None:
-        region = run_region(facts, piece.blocks)
-        constants = [facts.graph.constants[name].tensor for name in region.consts]
-        try:
-            loaded = backends()[piece.backend].load(folder, constants, piece.options)
-        except GraphoptError:
-            raise
-        except Exception as error:  # of a runtime, whose own errors a backend may not know all of
-            raise BuildError(f"{type(error).__name__}: {error}", where=piece.about) from error
-        self.loaded.put(key, Candidate(piece.backend, loaded.function, (), loaded.resident_bytes))
+    def _shelve(self, key: ArtifactKey, candidate: Candidate) -> None:
+        self.loaded.put(key, candidate)
         if key not in self._pinned:
             self._pinned.add(key)
             self._cache.pin(key)
@@ -226,6 +234,19 @@ class Supply:
 
     def _dropped(self, name: str, reason: str) -> None:
         self._settings.events("artifact.dropped", {"artifact": name, "reason": reason})
+
+
+def _loaded(facts: Facts, piece: Piece, folder: Path) -> Candidate:
+    """The artifact in `folder`. Raises GraphoptError."""
+    region = run_region(facts, piece.blocks)
+    constants = [facts.graph.constants[name].tensor for name in region.consts]
+    try:
+        loaded = backends()[piece.backend].load(folder, constants, piece.options)
+    except GraphoptError:
+        raise
+    except Exception as error:  # of a runtime, whose own errors a backend may not know all of
+        raise BuildError(f"{type(error).__name__}: {error}", where=piece.about) from error
+    return Candidate(piece.backend, loaded.function, (), loaded.resident_bytes)
 
 
 def _is_built_for(limits: ModelLimits, piece: Piece) -> bool:

@@ -2,13 +2,19 @@
 in, which no request is to wait for.
 """
 
+from collections.abc import Iterator
 from contextlib import suppress
 
-from graphopt.engine.assembly import Keyed
+from graphopt.analysis.facts import Facts
+from graphopt.engine.assembly import Keyed, Piece
 from graphopt.engine.findings import Finding
 from graphopt.engine.precedent import has_run
+from graphopt.engine.shelf import Candidate
+from graphopt.executor.beginnings import Beginnings
+from graphopt.executor.build import bind_run, position_of
 from graphopt.executor.plan import Plan, run_plan, run_steps
-from graphopt.executor.step_trial import Beginnings, parting
+from graphopt.executor.runs import run_region
+from graphopt.executor.step_trial import parting
 
 
 def look_ahead(begun: Beginnings, before: Finding | None, missing: Keyed) -> None:
@@ -23,6 +29,28 @@ def look_ahead(begun: Beginnings, before: Finding | None, missing: Keyed) -> Non
     for inputs in begun.inputs:
         with suppress(Exception):  # whoever needs it will meet the same
             begun.at(inputs, first)
+
+
+def first_run(begun: Beginnings, facts: Facts, piece: Piece, made: Candidate) -> None:
+    """Runs an artifact by itself; what it answers is nobody's, for it may not be proven yet."""
+    region = run_region(facts, piece.blocks)
+    step = bind_run(facts, piece.blocks, region, made.tier, made.function, made.constants)
+    for inputs in begun.inputs:
+        with suppress(Exception):  # `warm` will meet the same, and say so
+            env, symbols = begun.at(inputs, position_of(begun.plan, piece.blocks[0]))
+            run_steps((step,), env, symbols)
+
+
+def look_behind(begun: Beginnings) -> Iterator[None]:
+    """Computes what crosses into the regions of several blocks, where that is not known: whatever the
+    next delta touches, what is to be warmed for it begins there. An input at a time.
+    """
+    steps = enumerate(begun.plan.steps)
+    last = max((i for i, step in steps if len(step.blocks) > 1), default=0)
+    for inputs in begun.inputs:
+        with suppress(Exception):  # whoever needs it will meet the same
+            begun.at(inputs, last)
+        yield
 
 
 def warm(plan: Plan, begun: Beginnings) -> tuple[int, str]:

@@ -10,11 +10,12 @@ either: it was verified where it was built.
 Deliberately absent: what a whole request takes, which the watch learns from requests.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any, NamedTuple
 
 import torch
 
+from graphopt.executor.beginnings import Beginnings
 from graphopt.executor.idle_trial import IdleTrial, Inputs, Traffic
 from graphopt.executor.plan import Plan, Step, run_steps
 from graphopt.executor.trial import Trial
@@ -29,35 +30,6 @@ class Stretch(NamedTuple):
     first: int
     old: tuple[Step, ...]
     new: tuple[Step, ...]
-
-
-class Beginnings:
-    """The values that there are where a step of `plan` begins, on captured inputs; each computed once."""
-
-    def __init__(self, plan: Plan, inputs: Sequence[Inputs]) -> None:
-        self.plan = plan
-        self.inputs = inputs
-        self._symbols: dict[int, Mapping[str, int]] = {}
-        # By input, which is held, so that its id stays its own, and by position
-        self._kept: dict[int, dict[int, dict[str, Any]]] = {}
-
-    def at(self, captured: Inputs, position: int) -> tuple[dict[str, Any], Mapping[str, int]]:
-        """A fresh environment with them, and the sizes of symbols.
-
-        Raises what `bind` and the steps before raise.
-        """
-        with torch._C._InferenceMode(True):
-            kept = self._kept.get(id(captured))
-            if kept is None:
-                env, self._symbols[id(captured)] = self.plan.bind(captured)
-                kept = self._kept[id(captured)] = {0: env}
-            symbols = self._symbols[id(captured)]
-            if position not in kept:
-                near = max(each for each in kept if each < position)
-                env = dict(kept[near])
-                run_steps(self.plan.steps[near:position], env, symbols)
-                kept[position] = env
-        return dict(kept[position]), symbols
 
 
 class StepTrial(IdleTrial):

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from scripted_plans import Clock
 
 from graphopt.analysis.facts import analyse
+from graphopt.executor.beginnings import Beginnings
 from graphopt.executor.build import EagerBuilder, build_plan
 from graphopt.executor.idle_trial import IdleTrial
 from graphopt.executor.plan import Plan, Step
 from graphopt.executor.publish import Slot
-from graphopt.executor.step_trial import Beginnings, StepTrial, parting, stretches, unproven
+from graphopt.executor.step_trial import StepTrial, parting, stretches, unproven
 from graphopt.executor.trial import ACCEPTANCE, Trial
 from graphopt.graph import Graph, Node, Ref, Symbol
 from graphopt.types import TensorType
