@@ -7,7 +7,8 @@ An artifact that leaves here was loaded and run in this process before the servi
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from concurrent.futures import wait
+from dataclasses import dataclass, replace
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -47,7 +48,9 @@ from graphopt.executor.build import bind_run, weight_key
 from graphopt.executor.fused import FusedBuilder
 from graphopt.executor.plan import Step
 from graphopt.executor.runs import eager_run, run_region
-from graphopt.executor.verify import verify_step
+from graphopt.executor.samples import Sample
+from graphopt.executor.threads import keep_thread_count, run_beside
+from graphopt.executor.verify import answers_of, verify_step
 from graphopt.rewrite import PassStep, lower
 
 UNSUPPORTED_NAMED_MAX = 64  # nodes with reasons in one answer
@@ -56,6 +59,16 @@ Announce = Callable[[Region, str, str], None]
 """Called with region, weight key and version before anything of a backend runs."""
 Watch = Callable[[str], None]
 """Called with the name of each stage when it begins."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Proof:
+    """What a candidate is compared with."""
+
+    reference: Step
+    samples: list[Sample]
+    is_made_up: bool
+    expected: list[tuple[Any, ...]]
 
 
 class _FailedError(Exception):
@@ -95,6 +108,10 @@ class Workshop:
             self._check_quarantine(region, job["backend"], runtime, options)
             announce(region, weights, runtime)
             _take_folder(folder)
+            blocks, sizes = tuple(job["blocks"]), _sizes(region, options)
+            proof = run_beside(
+                "graphopt-builder-proof", lambda: self._proof_of(version, blocks, files, sizes)
+            )
             steps: tuple[PassStep, ...] = ()
             try:
                 watch(BUILD)
@@ -112,9 +129,10 @@ class Workshop:
                 loaded = _guard(LOAD, lambda: backend.load(folder, constants, options))
                 watch(VERIFY)
                 function = _telling(loaded.function, lambda: watch(RAN))
-                step = bind_run(facts, tuple(job["blocks"]), region, backend.name, function, ())
-                answer = self._verify(version, step, files, _sizes(region, options))
+                step = bind_run(facts, blocks, region, backend.name, function, ())
+                answer = _verify(version, step, _guard(VERIFY, proof.result))
             except _FailedError as failed:
+                wait([proof])  # what it keeps is the next job's to use
                 answer, build_s, size, loaded = failed.answer, None, None, None
             if not answer.ok:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -147,7 +165,8 @@ class Workshop:
             if step is None:
                 _fail(UNSUPPORTED, self._fused.why_run(version.facts, blocks))
             watch(VERIFY)
-            answer = self._verify(version, step, files, {})
+            proof = _guard(VERIFY, lambda: self._proof_of(version, blocks, files, {}))
+            answer = _verify(version, step, proof)
             return replace(answer, version=torch.__version__, cpu_s=self._cpu_clock() - start_cpu_s)
 
         return self._judged(version, job, run)
@@ -197,20 +216,31 @@ class Workshop:
         if evidence is not None:
             raise _FailedError(Answer(False, QUARANTINED, evidence, version=version))
 
-    def _verify(
-        self, version: Version, step: Step, files: tuple[Path, ...], sizes: Mapping[str, int]
-    ) -> Answer:
-        reference = eager_run(version.facts, step.blocks)
-        samples, is_made_up = _guard(
-            VERIFY,
-            lambda: self.boundaries.samples(version, step.blocks[0], reference.reads, files, sizes),
+    def _proof_of(
+        self,
+        version: Version,
+        blocks: tuple[str, ...],
+        files: tuple[Path, ...],
+        sizes: Mapping[str, int],
+    ) -> _Proof:
+        """Needs no candidate: it is made while one is built."""
+        keep_thread_count(1)
+        reference = eager_run(version.facts, blocks)
+        samples, is_made_up = self.boundaries.samples(
+            version, blocks[0], reference.reads, files, sizes
         )
-        verdict = verify_step(version.facts, step.block, step, reference, samples)
-        return Answer(
-            verdict.ok, DONE if verdict.ok else VERIFY, verdict.reason,
-            max_error=finite(verdict.max_error), allowed=finite(verdict.allowed),
-            n_samples=verdict.n_samples, is_made_up=is_made_up,
-        )  # fmt: skip
+        return _Proof(reference, samples, is_made_up, answers_of(reference, samples))
+
+
+def _verify(version: Version, step: Step, proof: _Proof) -> Answer:
+    verdict = verify_step(
+        version.facts, step.block, step, proof.reference, proof.samples, proof.expected
+    )
+    return Answer(
+        verdict.ok, DONE if verdict.ok else VERIFY, verdict.reason,
+        max_error=finite(verdict.max_error), allowed=finite(verdict.allowed),
+        n_samples=verdict.n_samples, is_made_up=proof.is_made_up,
+    )  # fmt: skip
 
 
 def register(extra: tuple[str, ...]) -> None:

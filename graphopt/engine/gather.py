@@ -36,6 +36,7 @@ class Gathering:
         reasons: what could not be built, loaded or proven, and why.
         asked: futures of the builder, to be cancelled when nobody waits any more.
         loaded: keys of what is in memory.
+        has_run: functions of artifacts that have had their first run.
     """
 
     bytes_max: int | None = None
@@ -45,6 +46,7 @@ class Gathering:
     reasons: list[str] = field(default_factory=list)
     asked: "list[Future[Answer]]" = field(default_factory=list)
     loaded: set[ArtifactKey] = field(default_factory=set)
+    has_run: list[Any] = field(default_factory=list)
 
     @property
     def is_too_large(self) -> bool:
@@ -71,7 +73,7 @@ def gather(
     keyed: Keyed,
     into: Gathering,
     meanwhile: Callable[[Keyed], None],
-    first_run: Callable[[Piece, Candidate], None],
+    first_run: Callable[[Piece, Candidate], bool],
 ) -> "Generator[Future[Any], Any, None]":
     """A coroutine that waits for the builder and fills `into`; it ends early where that is too large.
 
@@ -99,8 +101,8 @@ def gather(
     while asked or waves:
         for piece, key, job, future, ran in asked:
             early = supply.load_early(facts, piece, job) if (yield ran) else None
-            if early is not None:
-                first_run(piece, early)
+            if early is not None and first_run(piece, early):
+                into.has_run.append(early.function)
             answer: Answer = yield future
             if answer.stage in UNDECIDED:
                 into.is_decided = False

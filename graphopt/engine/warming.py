@@ -31,14 +31,19 @@ def look_ahead(begun: Beginnings, before: Finding | None, missing: Keyed) -> Non
             begun.at(inputs, first)
 
 
-def first_run(begun: Beginnings, facts: Facts, piece: Piece, made: Candidate) -> None:
-    """Runs an artifact by itself; what it answers is nobody's, for it may not be proven yet."""
+def first_run(begun: Beginnings, facts: Facts, piece: Piece, made: Candidate) -> bool:
+    """Whether an artifact runs by itself in each shape; what it answers is nobody's, for it may not be
+    proven yet.
+    """
     region = run_region(facts, piece.blocks)
     step = bind_run(facts, piece.blocks, region, made.tier, made.function, made.constants)
-    for inputs in begun.inputs:
-        with suppress(Exception):  # `warm` will meet the same, and say so
+    try:
+        for inputs in begun.inputs:
             env, symbols = begun.at(inputs, position_of(begun.plan, piece.blocks[0]))
             run_steps((step,), env, symbols)
+    except Exception:  # `warm` will meet the same, and say so
+        return False
+    return True
 
 
 def look_behind(begun: Beginnings) -> Iterator[None]:

@@ -111,6 +111,20 @@ class LoneThread:
         return not self._thread.is_alive()
 
 
+def run_beside(name: str, work: Callable[[], T]) -> "Future[T]":
+    """What `work` returns or raises, on a daemon thread of its own."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    LoneThread(name, run)
+    return future
+
+
 class BackgroundThread:
     """One thread that runs keyed jobs; a job submitted under a key replaces the waiting one.
 

@@ -58,8 +58,19 @@ class _RefusedError(Exception):
 
 
 @torch.no_grad()
+def answers_of(reference: Step, samples: Iterable[Sample]) -> list[tuple[Any, ...]]:
+    """What the eager step answers to each sample: for a proof whose candidate is still being built."""
+    return [_outputs(reference.function, reference, each.reads, each) for each in samples]
+
+
+@torch.no_grad()
 def verify_step(
-    facts: Facts, block: str, candidate: Step, reference: Step, samples: Sequence[Sample]
+    facts: Facts,
+    block: str,
+    candidate: Step,
+    reference: Step,
+    samples: Sequence[Sample],
+    expected: Sequence[tuple[Any, ...]] | None = None,
 ) -> Verdict:
     """Compares `candidate` with `reference`, the eager step of the same block or run of blocks.
 
@@ -69,6 +80,7 @@ def verify_step(
         candidate: runs once or more on copies of every sample.
         reference: as made by `EagerBuilder` or `eager_run`.
         samples: what crosses into the block in real or made-up requests; at least one.
+        expected: `answers_of` them, where that is known already.
 
     A candidate that raises, writes into an input or a constant, answers differently when asked
     again, or differs in dtype, shape, finiteness or value beyond the tolerance is refused.
@@ -82,17 +94,17 @@ def verify_step(
     functions = (candidate.function, *getattr(candidate.function, "variants", ()))
     worst, allowed = 0.0, 0.0
     try:
-        for sample in samples:
+        for i, sample in enumerate(samples):
             exact: tuple[Any, ...] | None = None
             # The candidate first: somebody may wait to hear that it runs at all
             answers = [_run_twice(function, candidate, sample) for function in functions]
-            expected = _outputs(reference.function, reference, sample.reads, sample)
+            eager = expected[i] if expected is not None else answers_of(reference, [sample])[0]
             for given in answers:
-                error, bound = _compare(given, expected, _from_eager)
+                error, bound = _compare(given, eager, _from_eager)
                 if error > bound:
                     if exact is None and (in_double := judge()) is not None:
                         exact = in_double(sample)
-                    error, bound = _compare(given, expected, _from_exact(exact))
+                    error, bound = _compare(given, eager, _from_exact(exact))
                 if error > bound:
                     text = f"{block}: error {error:.3g} where {bound:.3g} is allowed"
                     raise _RefusedError(text, error, bound)

@@ -430,9 +430,9 @@ def test_the_builder_is_at_work_while_the_other_layers_are_loaded(
     order: list[str] = []
     build, fetch = BuilderLink.build, Supply.fetch
 
-    def asking(self: BuilderLink, job: Any) -> Any:
+    def asking(self: BuilderLink, job: Any, *ran: Any) -> Any:
         order.append("build")
-        return build(self, job)
+        return build(self, job, *ran)
 
     def fetching(self: Supply, *args: Any) -> bool:
         order.append("fetch")

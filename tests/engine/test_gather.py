@@ -15,8 +15,11 @@ MIB = 1 << 20
 class World:
     """A supply, a link and a model of which only this much exists; `said` is what was asked of them."""
 
-    def __init__(self, on_disk: str = "", broken: str = "", fails: str = "") -> None:
+    def __init__(
+        self, on_disk: str = "", broken: str = "", fails: str = "", is_timid: bool = True
+    ) -> None:
         self.said: list[str] = []
+        self.is_timid = is_timid  # nothing is loaded before it is proven
         self.on_disk, self.broken, self.fails = on_disk, broken, fails
         self.there: set[str] = set()
         self.name, self.revision = "m", 3
@@ -39,11 +42,25 @@ class World:
     def job(self, model: str, revision: int, piece: Piece) -> Any:
         return SimpleNamespace(piece=piece, revision=revision)
 
-    def build(self, job: Any) -> "Future[Answer]":
+    def build(self, job: Any, ran: "Future[bool]") -> "Future[Answer]":
         self.said.append(f"build {job.piece.blocks[0]}")
         return Future()
 
-    def take(self, facts: object, piece: Piece, key: Any, job: Any, answer: Answer) -> str:
+    def load_early(self, facts: object, piece: Piece, job: Any) -> Any:
+        if self.is_timid:
+            return None
+        self.said.append(f"load {piece.blocks[0]}")
+        return SimpleNamespace(function=f"of {piece.blocks[0]}")
+
+    def first_run(self, piece: Piece, made: Any) -> bool:
+        self.said.append(f"run {piece.blocks[0]}")
+        return piece.blocks[0] not in self.broken
+
+    def take(
+        self, facts: object, piece: Piece, key: Any, job: Any, answer: Answer, early: Any
+    ) -> str:
+        if early is not None:
+            self.said.append(f"take {piece.blocks[0]}")
         self.there.add(key[1])
         return ""
 
@@ -51,11 +68,17 @@ class World:
         """Gathers, and answers each job when it is waited for; the futures waited for."""
         waited: list[Future[Answer]] = []
         meanwhile = lambda missing: self.said.append(f"meanwhile {len(missing)}")  # noqa: E731
-        course = gather(self, None, self, self, keyed, into, meanwhile)  # type: ignore[arg-type]
+        course = gather(
+            self, None, self, self, keyed, into, meanwhile, self.first_run  # type: ignore[arg-type]
+        )  # fmt: skip
         answer: Any = None
         try:
             while True:
-                waited.append(course.send(answer))
+                future = course.send(answer)
+                if future not in into.asked:  # whether it has run
+                    answer = not self.fails
+                    continue
+                waited.append(future)
                 is_bad = waited[-1] in self.bad_ones(into)
                 answer = Answer(not is_bad, "build" if is_bad else DONE, "bad" if is_bad else "")
         except StopIteration:
@@ -119,3 +142,18 @@ def test_what_is_too_large_once_built_ends_it_before_the_twins() -> None:
     world.run(keyed("ab", "xx"), into)
     assert world.said == ["build a", "meanwhile 2"]
     assert into.is_too_large
+
+
+def test_what_has_run_in_the_builder_is_loaded_and_run_while_it_is_proven() -> None:
+    world, into = World(broken="b", is_timid=False), Gathering()
+    world.run(keyed("ab"), into)
+    said = ["load a", "run a", "take a", "load b", "run b", "take b"]
+    assert world.said == ["build a", "build b", "meanwhile 2", *said]
+    assert into.has_run == ["of a"], "the other one did not run here"
+
+
+def test_what_does_not_run_in_the_builder_is_never_loaded() -> None:
+    world, into = World(fails="a", is_timid=False), Gathering()
+    world.run(keyed("a"), into)
+    assert world.said == ["build a", "meanwhile 1"]
+    assert not world.there
