@@ -39,7 +39,7 @@ from graphopt.executor.threads import LoneThread
 QUEUE_MAX = 64  # jobs waiting; the engine sends far fewer ahead
 BEAT_S = 1.0
 # After a job, before it looks ahead: what was built is compared and published meanwhile
-CALM_S = 2.0
+CALM_S = 1.0
 STARTS_KEPT = 64  # of a model: a region each for as many layers
 _CHUNK_BYTES = 1 << 16
 

@@ -18,13 +18,14 @@ from graphopt.executor.beginnings import Beginnings
 from graphopt.executor.idle_trial import ALONE_S, BESIDE_SHARE
 from graphopt.executor.plan import Plan
 from graphopt.executor.step_trial import StepTrial, TierAndKey, unproven
-from graphopt.executor.trial import ACCEPTANCE, Trial, TrialResult
+from graphopt.executor.trial import ACCEPTANCE, Trial, TrialResult, TrialSettings
 
 PATIENCE_S = 2.0  # without another pair: then requests decide, in a trial
 RETRY_S = 0.002  # until the next look at it, where a request came
 # The steps have run when they were warmed. As many pairs as a layer of 20 ms fits into the patience:
 # each that is allowed for makes the first look a harder one.
 SETTINGS = replace(ACCEPTANCE, warmup_pairs=0, pairs_max=24)
+NO_SLOWER = replace(SETTINGS, settles=True)
 
 OthersServe = Callable[[LiveModel], bool]
 Clock = Callable[[], float]
@@ -44,7 +45,7 @@ def compare_steps(
     """
     if not unproven(beginnings.plan.steps, new.steps, proven):
         return "it won with regions of these kinds before"
-    result = yield from result_of(model, beginnings, new, proven, others_serve, now_s)
+    result = yield from result_of(model, beginnings, new, proven, others_serve, now_s, NO_SLOWER)
     if result is None or not result.is_no_slower:
         return ""
     return f"it won with most of its regions before, and its new steps take {result.reason}"
@@ -57,6 +58,7 @@ def result_of(
     proven: Set[TierAndKey],
     others_serve: OthersServe,
     now_s: Clock,
+    settings: TrialSettings = SETTINGS,
 ) -> Generator[float, Any, TrialResult | None]:
     """What the steps of `new` take against those of the published plan; None when requests came.
 
@@ -67,8 +69,9 @@ def result_of(
         proven: of steps that won before; at least one other differs.
         others_serve: whether models other than the one it is given have requests.
         now_s: monotonic clock.
+        settings: of the trial.
     """
-    trial = Trial(beginnings.plan.id, new.id, SETTINGS)
+    trial = Trial(beginnings.plan.id, new.id, settings)
     driver = StepTrial(trial, beginnings, new, model.slot, now_s, proven)
     pairs, paired_s = 0, now_s()
     while now_s() < paired_s + PATIENCE_S:

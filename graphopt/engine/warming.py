@@ -12,7 +12,7 @@ from graphopt.engine.precedent import has_run
 from graphopt.engine.shelf import Candidate
 from graphopt.executor.beginnings import Beginnings
 from graphopt.executor.build import bind_run, position_of
-from graphopt.executor.plan import Plan, run_plan, run_steps
+from graphopt.executor.plan import Plan, run_plan
 from graphopt.executor.runs import run_region
 from graphopt.executor.step_trial import parting
 
@@ -39,8 +39,7 @@ def first_run(begun: Beginnings, facts: Facts, piece: Piece, made: Candidate) ->
     step = bind_run(facts, piece.blocks, region, made.tier, made.function, made.constants)
     try:
         for inputs in begun.inputs:
-            env, symbols = begun.at(inputs, position_of(begun.plan, piece.blocks[0]))
-            run_steps((step,), env, symbols)
+            begun.run(inputs, position_of(begun.plan, piece.blocks[0]), (step,))
     except Exception:  # `warm` will meet the same, and say so
         return False
     return True
@@ -67,8 +66,7 @@ def warm(plan: Plan, begun: Beginnings) -> tuple[int, str]:
     first, last = parting(begun.plan.steps, plan.steps)
     for inputs in begun.inputs:
         try:
-            env, symbols = begun.at(inputs, first)
-            run_steps(plan.steps[first : len(plan.steps) - last], env, symbols)
+            begun.run(inputs, first, plan.steps[first : len(plan.steps) - last])
             ran += 1
         except Exception as error:  # whatever a runtime raises, it costs nobody a request here
             with suppress(Exception):

@@ -16,7 +16,7 @@ from graphopt.analysis.blocks import CONTEXT
 from graphopt.analysis.facts import Facts
 from graphopt.constants import TORCH_DTYPES
 from graphopt.dims import evaluate
-from graphopt.executor.plan import Plan, run_steps
+from graphopt.executor.plan import Plan, Step, run_steps
 from graphopt.graph import Ref
 from graphopt.types import TensorType
 
@@ -105,6 +105,12 @@ class Beginnings:
                 known = self._known(captured, position)
                 kept[position] = known if known is not None else self._compute(captured, position)
         return dict(kept[position]), self._symbols[id(captured)]
+
+    def run(self, captured: Inputs, position: int, steps: tuple[Step, ...]) -> None:
+        """Runs `steps` from where the step at `position` begins, as a request would; raises what they do."""
+        with torch._C._InferenceMode(True):
+            env, symbols = self.at(captured, position)
+            run_steps(steps, env, symbols)
 
     def _compute(self, captured: Inputs, position: int) -> Env:
         """From the nearest position before."""

@@ -185,14 +185,17 @@ class Hysteresis:
         """Whether the regret for a candidate has outgrown a switch that costs `cost_s`."""
         return self._record(key).regret_s > self.gamma * cost_s
 
-    def why_not(self, key: Hashable, now_s: float) -> str:
-        """Why the candidate may not be tried or published now; empty when it may."""
+    def why_not(self, key: Hashable, now_s: float, *, dwells: bool = True) -> str:
+        """Why the candidate may not be tried or published now; empty when it may.
+
+        `dwells`: whether what is published has to stay its time.
+        """
         self._calm(now_s)
         record = self._records.get(key)
         if record is not None and now_s < record.not_before_s:
             wait_s = record.not_before_s - now_s
             return f"failed on performance {record.failures} times, not again for {wait_s:.0f} s"
-        if now_s < self._switched_s + self._dwell_s:
+        if dwells and now_s < self._switched_s + self._dwell_s:
             return (
                 f"the plan changed {now_s - self._switched_s:.1f} s ago, it stays {self._dwell_s} s"
             )

@@ -102,6 +102,9 @@ class Switch:
         self._probation_requests = probation_requests
         self._paused: tuple[Hashable, Plan, Plan, Guard] | None = None
         self._said: list[Outcome] = []  # decided in `consider`, told by the next `step`
+        self._switched_revision: int | None = (
+            None  # of the plan that was published last for its speed
+        )
         self._key: Hashable = None
         self._current: Plan | None = (
             None  # what the plan on trial, or under alarm, is compared with
@@ -135,16 +138,20 @@ class Switch:
         Returns an empty string when that was done, otherwise why not now. The next `step` tells of a
         publication.
         """
+        if self.phase != "idle" and (lost := self._superseded()) is not None:
+            self._said.append(lost)  # a delta came since the last step
         if self.phase != "idle":
             return f"another plan is in {self.phase}"
-        if why := self._hysteresis.why_not(key, self._now_s()):
+        # What a delta published has nobody to flap with
+        dwells = expected.revision == self._switched_revision
+        if why := self._hysteresis.why_not(key, self._now_s(), dwells=dwells):
             return why
         self._key, self._plan, self._current = key, candidate, expected
         if known:
             if not self._slot.publish(candidate, expected=expected):
                 self._clear()
                 return "another plan was published"
-            self._hysteresis.switched(self._now_s())
+            self._switched(candidate)
             self._said.append(
                 Outcome("published", "known_cost", candidate.id, expected.id, key, known)
             )
@@ -242,7 +249,7 @@ class Switch:
     def _end_trial(self, result: TrialResult) -> Outcome:
         plan, current, key, now_s = *self._both(), self._key, self._now_s()
         if result.verdict == "better" and self._slot.publish(plan, expected=current):
-            self._hysteresis.switched(now_s)
+            self._switched(plan)
             self._paused = None
             self._watch(result)
             return Outcome("published", "trial", plan.id, current.id, key, result.reason, result)
@@ -350,6 +357,10 @@ class Switch:
         return Outcome("kept", "watch", plan.id, good.id, key, reason, result, alarm)
 
     # -- helpers
+
+    def _switched(self, plan: Plan) -> None:
+        self._hysteresis.switched(self._now_s())
+        self._switched_revision = plan.revision
 
     def _take_faults(self) -> list[Outcome]:
         found = []

@@ -72,6 +72,7 @@ class TrialSettings:
         block: requests in a row on one plan.
         gives_up: whether a candidate that will hardly win is refused on less evidence than it
             would take to accept it.
+        settles: whether a candidate that hardly is any slower is enough, on as little evidence.
     """
 
     margin: float = 0.02
@@ -81,6 +82,7 @@ class TrialSettings:
     seed: int = 0
     block: int = BLOCK
     gives_up: bool = False
+    settles: bool = False
 
     def for_requests_of(self, latency_s: float) -> "TrialSettings":
         """For a model whose requests take so long now: longer blocks, fewer pairs."""
@@ -270,8 +272,11 @@ class Trial:
             return self.result
         self._pair_up()
         pairs, overall, found = self.pairs, None, {}
-        if self._ended is None and self.settings.gives_up:
-            verdict, reason = self._futility()
+        for early, is_asked in (
+            (self._settled, self.settings.settles),
+            (self._futility, self.settings.gives_up),
+        ):
+            verdict, reason = early() if is_asked and self._ended is None else (None, "")
             if verdict is not None:
                 self._end(verdict, reason)
         if self._ended is None:
@@ -372,7 +377,7 @@ class Trial:
 
         Their median against its standard error from the MAD.
         """
-        found = sorted(d for lane in self._lanes.values() for d in lane.differences)
+        found = self._differences()
         if len(found) >= FUTILE_LOSS_PAIRS and found[0] > math.log(FUTILE_LOSS):
             least = math.exp(found[0])
             return (
@@ -381,13 +386,35 @@ class Trial:
             )
         if len(found) < FUTILE_PAIRS:
             return None, ""
-        middle, limit = median(found), -math.log(1.0 - self.settings.margin)
-        spread = MAD_TO_SIGMA * median(sorted(abs(each - middle) for each in found))
-        error = MEDIAN_ERROR * spread / math.sqrt(len(found))
+        middle, error = _middle(found)
+        limit = -math.log(1.0 - self.settings.margin)
         if middle - FUTILE_SIGMA * error <= -limit:
             return None, ""
         reason = f"{math.exp(middle):.3f} of the current plan's time in {len(found)} pairs: no gain"
         return ("worse" if middle > 2 * FUTILE_SIGMA * error else "equal"), reason
+
+    def _settled(self) -> tuple[Verdict | None, str]:
+        """The mirror of `_futility`: whether the candidate is hardly any slower."""
+        found = self._differences()
+        if len(found) >= FUTILE_LOSS_PAIRS and found[-1] < -math.log(FUTILE_LOSS):
+            most = math.exp(found[-1])
+            return (
+                "better",
+                f"{most:.2f} of the current plan's time or less in all {len(found)} pairs",
+            )
+        if len(found) < FUTILE_PAIRS:
+            return None, ""
+        middle, error = _middle(found)
+        if middle + FUTILE_SIGMA * error > math.log(1.0 + self.settings.margin):
+            return None, ""
+        return (
+            "equal",
+            f"{math.exp(middle):.3f} of the current plan's time in {len(found)} pairs: no slower",
+        )
+
+    def _differences(self) -> list[float]:
+        """The log ratios of all pairs, in order of size."""
+        return sorted(d for lane in self._lanes.values() for d in lane.differences)
 
     def _shares(self) -> dict[Bucket, float]:
         seen: Mapping[Bucket, float] = self._weights or {}
@@ -435,7 +462,7 @@ class Trial:
     def _ratio(self, overall: Bounds | None) -> float | None:
         if overall is not None:
             return math.exp(overall.estimate)
-        found = sorted(d for lane in self._lanes.values() for d in lane.differences)
+        found = self._differences()
         return math.exp(median(found)) if found else None
 
     def _end(self, verdict: Verdict, reason: str) -> tuple[Verdict, str]:
@@ -444,6 +471,13 @@ class Trial:
             if self._ended is None:
                 self._ended = (verdict, reason)
             return self._ended
+
+
+def _middle(found: list[float]) -> tuple[float, float]:
+    """The median of sorted values, and its standard error."""
+    middle = median(found)
+    spread = MAD_TO_SIGMA * median(sorted(abs(each - middle) for each in found))
+    return middle, MEDIAN_ERROR * spread / math.sqrt(len(found))
 
 
 def _ratio(log: float) -> float | None:

@@ -96,7 +96,9 @@ class Homesick(Once):
     name = "homesick"
 
     def function(self, folder: Path) -> Callable[..., Any]:
-        at_home = Path(getattr(sys.modules["__main__"], "__file__", None) or "").parent.name == "builder"
+        at_home = (
+            Path(getattr(sys.modules["__main__"], "__file__", None) or "").parent.name == "builder"
+        )
 
         def run(x: torch.Tensor, *symbols: int) -> torch.Tensor:
             if not at_home:
