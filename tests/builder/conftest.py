@@ -24,8 +24,8 @@ torch.set_num_threads(1)
 HERE = Path(__file__).parent
 ANSWER_S = 60.0  # of a broken test; a good one waits for the builder to load torch at most
 NAMES = (
-    "NumpyLinear", "Gated", "Missing", "Segfault", "SegfaultOnLoad", "SegfaultOnTrial", "Hang", "Raises",
-    "RaisesOnLoad", "Exits", "Wrong", "Greedy", "Telling",
+    "NumpyLinear", "Gated", "GatedProof", "Missing", "Segfault", "SegfaultOnLoad", "SegfaultOnTrial", "Hang",
+    "Raises", "RaisesOnLoad", "Exits", "Wrong", "Greedy", "Telling",
 )  # fmt: skip
 BACKENDS = tuple(f"backends_under_test:{name}" for name in NAMES)
 BACKENDS += ("graphopt.executor.backends.openvino:OpenVinoBackend",)  # where it is not installed
@@ -101,8 +101,10 @@ class Bench:
             BuildJob("chain", self.revision, (block,), backend, Options(), folder), **changes
         )
 
-    def gated(self, block: str = "b", **changes: Any) -> "tuple[BuildJob, Gate]":
-        job = self.job("gated", block, **changes)
+    def gated(
+        self, block: str = "b", backend: str = "gated", **changes: Any
+    ) -> "tuple[BuildJob, Gate]":
+        job = self.job(backend, block, **changes)
         path = self.folder / f"gate-{secrets.token_hex(8)}"
         os.mkfifo(path)
         return replace(job, options=Options(extra=(("gate", str(path)),))), Gate(path)

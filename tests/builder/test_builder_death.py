@@ -5,6 +5,7 @@ import select
 import signal
 import subprocess
 import sys
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -115,6 +116,22 @@ def test_a_builder_killed_from_outside_gets_the_job_again_once(make_bench: MakeB
         "it ended with SIGKILL",
     )
     assert bench.link.quarantined()[0].signal == signal.SIGKILL
+
+
+def test_what_others_may_have_loaded_is_not_built_again_in_its_place(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    job, gate = bench.gated("a", "gated-proof")
+    ran: Future[bool] = Future()
+    answer = bench.link.build(job, ran)
+    gate.reached()
+    assert ran.result(ANSWER_S)
+    assert not answer.done()
+    pid = bench.link.status().pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    assert answer.result(ANSWER_S).stage == "cancelled"
+    gate.open()
+    assert not bench.link.quarantined()
 
 
 def test_a_hang_is_ended_at_its_bound_and_banned(make_bench: MakeBench) -> None:

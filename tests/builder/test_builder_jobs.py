@@ -1,5 +1,6 @@
 """What a builder answers to jobs, over a real link to a real process."""
 
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -148,3 +149,23 @@ def test_a_model_that_is_forgotten_is_unknown_until_it_comes_back(bench: Bench) 
 def _told(answer: Answer) -> tuple[bool, int]:
     assert answer.ok, answer
     return answer.is_made_up, answer.n_samples
+
+
+@pytest.mark.parametrize(
+    ("backend", "runs"),
+    [("numpy", True), ("wrong", True), ("raises", False), ("raises-on-load", False)],
+)
+def test_who_waits_for_an_artifact_to_run_is_told_either_way(
+    make_bench: MakeBench, backend: str, runs: bool
+) -> None:
+    bench, ran = make_bench(), Future[bool]()
+    answer = bench.link.build(bench.job(backend), ran)
+    assert ran.result(ANSWER_S) == runs
+    assert answer.result(ANSWER_S).ok == (backend == "numpy")
+
+
+def test_a_job_without_a_builder_tells_that_it_will_not_run(make_bench: MakeBench) -> None:
+    bench, ran = make_bench(), Future[bool]()
+    bench.link.close()
+    assert bench.link.build(bench.job(), ran).result(ANSWER_S).stage == "off"
+    assert ran.result(ANSWER_S) is False

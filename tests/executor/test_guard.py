@@ -415,6 +415,29 @@ def test_a_delta_in_the_middle_cancels_a_trial_or_a_watch() -> None:
     assert host.decisions()[-1] == ("cancelled", "superseded")
 
 
+def test_a_delta_ends_the_watch_and_the_dwell_of_the_plan_before_it() -> None:
+    """Without a request since, nobody has told the switch of the delta."""
+    host, _, candidate, _ = host_of(lognormal(0, 0.05))
+    host.switch = Switch(host.slot, Hysteresis(dwell_s=3600.0), host.clock)
+    assert host.switch.consider(candidate, "key", expected=host.current, known="it won") == ""
+    assert host.switch.phase == "watch"
+    assert host.switch.consider(plan(4), "other", expected=candidate) == "another plan is in watch"
+    live, better = (timed(n, host.clock, lambda: 1.0, revision=2) for n in (3, 4))
+    host.slot.publish(live)
+    assert host.switch.consider(better, "key", expected=live, known="it won") == ""
+    told = [(outcome.decision, outcome.cause) for outcome in host.switch.step()]
+    assert told == [
+        ("published", "known_cost"),
+        ("cancelled", "superseded"),
+        ("published", "known_cost"),
+    ]
+    host.switch.cancel("the watch is over")
+    why = host.switch.consider(
+        timed(5, host.clock, lambda: 1.0, revision=2), "key", expected=better
+    )
+    assert "it stays" in why, "of its own revision"
+
+
 def test_only_one_plan_is_judged_at_a_time() -> None:
     host, _, candidate, _ = host_of(lognormal(0, 0.05))
     assert host.switch.consider(candidate, "key", expected=host.current) == ""

@@ -163,6 +163,22 @@ def test_a_candidate_that_will_hardly_win_is_given_up_early() -> None:
     assert sorted(result.pairs for result in found)[RUNS // 2] <= 2 * FUTILE_PAIRS
 
 
+def test_a_candidate_that_need_not_win_settles_on_little_evidence() -> None:
+    modest = replace(ACCEPTANCE, settles=True)
+    faster, _ = simulate(lognormal(0, 0.03), 0.7, modest)
+    assert (faster.verdict, faster.pairs) == ("better", FUTILE_LOSS_PAIRS)
+    found = [simulate(lognormal(seed, 0.03), 1.0, modest)[0] for seed in range(RUNS)]
+    assert sum(result.is_no_slower for result in found) > 0.85 * RUNS
+    assert sorted(result.pairs for result in found)[RUNS // 2] <= 2 * FUTILE_PAIRS
+
+
+@pytest.mark.parametrize(("name", "make"), HOSTS)
+def test_a_slower_candidate_does_not_settle(name: str, make: Callable[[int], Noise]) -> None:
+    modest = replace(ACCEPTANCE, settles=True)
+    runs = [simulate(make(seed), 1.2, replace(modest, seed=seed))[0] for seed in range(RUNS)]
+    assert sum(result.is_no_slower for result in runs) <= 0.05 * RUNS, name
+
+
 def test_a_trial_ends_at_its_bound_of_pairs() -> None:
     patient = replace(ACCEPTANCE, gives_up=False)
     result, requests = simulate(lognormal(0, 0.3), 0.97, patient)
