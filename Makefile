@@ -4,6 +4,8 @@ PORT ?= 8080
 PREFIX ?= /opt/graphoptd
 export TORCH ?= auto
 export PIP_ARGS ?=
+# Tests at a time, each file in one process
+JOBS ?= 2
 V := .venv/bin
 SETUP := scripts/setup.sh
 
@@ -14,10 +16,10 @@ serve: run/minilm.bundle  ## Serve the example model on 127.0.0.1:$(PORT), in th
 	@exec $(V)/graphoptd --model minilm=run/minilm.bundle --run-dir run --port $(PORT) --when-ready "$$TRY"
 
 test: .venv/.test  ## Run the tests (10 minutes)
-	$(V)/python -m pytest -q -m "not soak"
+	$(V)/python -m pytest -q -m "not soak" -n $(JOBS) --dist loadfile
 
 test-fast: .venv/.test  ## Run the tests that take seconds (1 minute)
-	$(V)/python -m pytest -q -m "not slow and not soak"
+	$(V)/python -m pytest -q -m "not slow and not soak" -n $(JOBS) --dist loadfile
 
 test-system: .venv/.test  ## Run the tests that need root, systemd and namespaces (3 minutes)
 	$(V)/python -m pytest -q tests/system

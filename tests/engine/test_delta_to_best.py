@@ -412,7 +412,7 @@ def test_what_is_recalled_takes_the_place_of_what_was_chosen(
     monkeypatch.setattr(Prospects, "is_open", lambda self, plan: False)
     # As if the watch of the whole graph had ended a while ago
     engine.model.switch.cancel("watched")
-    monkeypatch.setattr(Hysteresis, "why_not", lambda self, key, now_s: "")
+    monkeypatch.setattr(Hysteresis, "why_not", lambda self, key, now_s, dwells: "")
     engine.rollback(1)
     assert engine.settle(SETTLED_S)
     first = of(said, "plan.published", 3)[0]
