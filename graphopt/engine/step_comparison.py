@@ -59,6 +59,8 @@ def result_of(
     others_serve: OthersServe,
     now_s: Clock,
     settings: TrialSettings = SETTINGS,
+    *,
+    everywhere: bool = False,
 ) -> Generator[float, Any, TrialResult | None]:
     """What the steps of `new` take against those of the published plan; None when requests came.
 
@@ -70,9 +72,10 @@ def result_of(
         others_serve: whether models other than the one it is given have requests.
         now_s: monotonic clock.
         settings: of the trial.
+        everywhere: whether steps of one kind are all timed.
     """
     trial = Trial(beginnings.plan.id, new.id, settings)
-    driver = StepTrial(trial, beginnings, new, model.slot, now_s, proven)
+    driver = StepTrial(trial, beginnings, new, model.slot, now_s, proven, everywhere=everywhere)
     pairs, paired_s = 0, now_s()
     while now_s() < paired_s + PATIENCE_S:
         is_beside, begun_s = others_serve(model), now_s()

@@ -4,13 +4,14 @@ A plan with one new layer of twelve differs from the published one by a few perc
 of whole requests can tell on a busy host. Here every stretch in which the two plans differ starts from
 the values that it reads in a request, computed once, and is timed by itself; the pairs, the judge and
 the way to a request's side are those of an idle trial. A stretch that occurs in several places is
-timed in one, and one of steps that have won before in none. What is not timed is not compared here
-either: it was verified where it was built.
+timed in one, unless all are asked for, and one of steps that have won before in none. What is not timed
+is not compared here either: it was verified where it was built.
 
 Deliberately absent: what a whole request takes, which the watch learns from requests.
 """
 
 from collections.abc import Callable, Iterator, Sequence, Set
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +44,8 @@ class StepTrial(IdleTrial):
         traffic: Traffic,
         monotonic_s: Callable[[], float],
         proven: Set[TierAndKey] = frozenset(),
+        *,
+        everywhere: bool = False,
     ) -> None:
         """Does not run anything yet.
 
@@ -54,11 +57,14 @@ class StepTrial(IdleTrial):
             monotonic_s: clock.
             proven: of steps that have nothing to show any more. Without a stretch left to be timed
                 there is nothing to run.
+            everywhere: to time a stretch wherever it occurs, one after the other: each finds its weights
+                where a request does, and not in the caches.
         """
         current = beginnings.plan
         super().__init__(trial, current, candidate, beginnings.inputs, traffic, monotonic_s)
         self._beginnings = beginnings
-        self.stretches = unproven(current.steps, candidate.steps, proven)
+        find = stretches if everywhere else partial(unproven, proven=proven)
+        self.stretches = list(find(current.steps, candidate.steps))
         outputs = {key for _, key in current.outputs}
         self._read_later = [
             outputs.union(*(step.reads for step in current.steps[each.first + len(each.old) :]))

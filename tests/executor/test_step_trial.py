@@ -254,3 +254,18 @@ def test_a_run_in_another_shape_warms_nothing_up() -> None:
     blocks = [(key, len(list(group))) for key, group in itertools.groupby(runs)]
     assert len(blocks) == 8
     assert {length for _, length in blocks} == {2}
+
+
+def test_everywhere_means_each_place_of_one_kind() -> None:
+    clock = Clock()
+    current = plan(clock, dict.fromkeys(range(LENGTH), 0.01))
+    candidate = plan(clock, dict.fromkeys((2, 5, 8), 0.005), base=current)
+    for everywhere, seconds in ((False, 0.01), (True, 0.03)):
+        trial = Trial(current.id, candidate.id, SETTINGS)
+        driver = StepTrial(
+            trial, Beginnings(current, [X]), candidate, Slot(current, clock), clock, everywhere=everywhere
+        )  # fmt: skip
+        result = driver.run()
+        assert result is not None
+        assert result.buckets[0].current_s == pytest.approx(seconds)
+        assert result.buckets[0].candidate_s == pytest.approx(seconds / 2)
