@@ -17,7 +17,6 @@ from graphopt.engine.assembly import Keyed, Piece
 from graphopt.engine.builder_jobs import BuildJob
 from graphopt.engine.builder_link import BuilderLink
 from graphopt.engine.live import LiveModel
-from graphopt.engine.shelf import Candidate
 from graphopt.engine.supply import Supply
 from graphopt.executor.arrangement import ArtifactKey
 
@@ -36,7 +35,6 @@ class Gathering:
         reasons: what could not be built, loaded or proven, and why.
         asked: futures of the builder, to be cancelled when nobody waits any more.
         loaded: keys of what is in memory.
-        has_run: functions of artifacts that have had their first run.
     """
 
     bytes_max: int | None = None
@@ -46,7 +44,6 @@ class Gathering:
     reasons: list[str] = field(default_factory=list)
     asked: "list[Future[Answer]]" = field(default_factory=list)
     loaded: set[ArtifactKey] = field(default_factory=set)
-    has_run: list[Any] = field(default_factory=list)
 
     @property
     def is_too_large(self) -> bool:
@@ -73,13 +70,12 @@ def gather(
     keyed: Keyed,
     into: Gathering,
     meanwhile: Callable[[Keyed], None],
-    first_run: Callable[[Piece, Candidate], bool],
 ) -> "Generator[Future[Any], Any, None]":
     """A coroutine that waits for the builder and fills `into`; it ends early where that is too large.
 
     What lies on disk is loaded while the builder is at work, and `meanwhile` is called then, with what
-    was asked of it. What has run in the builder is loaded while it is proven there, and `first_run`
-    called with it.
+    was asked of it. What has run in the builder is loaded while it is proven there, and runs here
+    only when it was: a candidate may crash where it is proven, and must not crash here.
     """
     make_job = partial(supply.job, model.name, model.revision)  # of all waves
     missing = [entry for entry in keyed if not supply.is_at_hand(entry[1])]
@@ -101,8 +97,6 @@ def gather(
     while asked or waves:
         for piece, key, job, future, ran in asked:
             early = supply.load_early(facts, piece, job) if (yield ran) else None
-            if early is not None and first_run(piece, early):
-                into.has_run.append(early.function)
             answer: Answer = yield future
             if answer.stage in UNDECIDED:
                 into.is_decided = False

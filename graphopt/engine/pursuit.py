@@ -34,7 +34,7 @@ from graphopt.engine.prospects import Proposal, Prospects
 from graphopt.engine.step_comparison import compare_steps
 from graphopt.engine.supply import Supply
 from graphopt.engine.traffic import latency_of
-from graphopt.engine.warming import first_run, look_ahead, warm
+from graphopt.engine.warming import look_ahead, warm
 from graphopt.executor.arrangement import Arrangement, ArtifactKey
 from graphopt.executor.beginnings import Beginnings
 from graphopt.executor.step_trial import TierAndKey
@@ -153,7 +153,7 @@ class Pursuit:
         gathered = self._gathering
         yield from gather(
             self._model, self._facts, self._means.link, self._means.supply, self._keyed, gathered,
-            partial(look_ahead, begun, self._before), partial(first_run, begun, self._facts),
+            partial(look_ahead, begun, self._before),
         )  # fmt: skip
         self._finding = replace(
             self._finding, build_s=gathered.build_s, resident_bytes=gathered.resident_bytes,
@@ -201,11 +201,7 @@ class Pursuit:
         return None if self._is_held() else new
 
     def _warm(self, new: Arrangement, begun: Beginnings) -> bool:
-        """Whether the plan runs: what of it has not run yet is run."""
-        known = set(map(id, self._gathering.has_run))
-        known.update(id(step.function) for step in begun.plan.steps)
-        if begun.inputs and all(id(step.function) in known for step in new.plan.steps):
-            return True
+        """Whether the plan runs."""
         ran, reason = warm(new.plan, begun)
         if reason:
             fields = {

@@ -5,15 +5,11 @@ in, which no request is to wait for.
 from collections.abc import Iterator
 from contextlib import suppress
 
-from graphopt.analysis.facts import Facts
-from graphopt.engine.assembly import Keyed, Piece
+from graphopt.engine.assembly import Keyed
 from graphopt.engine.findings import Finding
 from graphopt.engine.precedent import has_run
-from graphopt.engine.shelf import Candidate
 from graphopt.executor.beginnings import Beginnings
-from graphopt.executor.build import bind_run, position_of
 from graphopt.executor.plan import Plan, run_plan
-from graphopt.executor.runs import run_region
 from graphopt.executor.step_trial import parting
 
 
@@ -29,20 +25,6 @@ def look_ahead(begun: Beginnings, before: Finding | None, missing: Keyed) -> Non
     for inputs in begun.inputs:
         with suppress(Exception):  # whoever needs it will meet the same
             begun.at(inputs, first)
-
-
-def first_run(begun: Beginnings, facts: Facts, piece: Piece, made: Candidate) -> bool:
-    """Whether an artifact runs by itself in each shape; what it answers is nobody's, for it may not be
-    proven yet.
-    """
-    region = run_region(facts, piece.blocks)
-    step = bind_run(facts, piece.blocks, region, made.tier, made.function, made.constants)
-    try:
-        for inputs in begun.inputs:
-            begun.run(inputs, position_of(begun.plan, piece.blocks[0]), (step,))
-    except Exception:  # `warm` will meet the same, and say so
-        return False
-    return True
 
 
 def look_behind(begun: Beginnings) -> Iterator[None]:

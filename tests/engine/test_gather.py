@@ -52,10 +52,6 @@ class World:
         self.said.append(f"load {piece.blocks[0]}")
         return SimpleNamespace(function=f"of {piece.blocks[0]}")
 
-    def first_run(self, piece: Piece, made: Any) -> bool:
-        self.said.append(f"run {piece.blocks[0]}")
-        return piece.blocks[0] not in self.broken
-
     def take(
         self, facts: object, piece: Piece, key: Any, job: Any, answer: Answer, early: Any
     ) -> str:
@@ -68,9 +64,7 @@ class World:
         """Gathers, and answers each job when it is waited for; the futures waited for."""
         waited: list[Future[Answer]] = []
         meanwhile = lambda missing: self.said.append(f"meanwhile {len(missing)}")  # noqa: E731
-        course = gather(
-            self, None, self, self, keyed, into, meanwhile, self.first_run  # type: ignore[arg-type]
-        )  # fmt: skip
+        course = gather(self, None, self, self, keyed, into, meanwhile)  # type: ignore[arg-type]
         answer: Any = None
         try:
             while True:
@@ -144,12 +138,11 @@ def test_what_is_too_large_once_built_ends_it_before_the_twins() -> None:
     assert into.is_too_large
 
 
-def test_what_has_run_in_the_builder_is_loaded_and_run_while_it_is_proven() -> None:
-    world, into = World(broken="b", is_timid=False), Gathering()
+def test_what_has_run_in_the_builder_is_loaded_while_it_is_proven() -> None:
+    world, into = World(is_timid=False), Gathering()
     world.run(keyed("ab"), into)
-    said = ["load a", "run a", "take a", "load b", "run b", "take b"]
+    said = ["load a", "take a", "load b", "take b"]
     assert world.said == ["build a", "build b", "meanwhile 2", *said]
-    assert into.has_run == ["of a"], "the other one did not run here"
 
 
 def test_what_does_not_run_in_the_builder_is_never_loaded() -> None:
