@@ -77,6 +77,12 @@ def test_the_owner_of_a_file_has_the_groups_of_the_user_database() -> None:
     assert user_of(3_999_999_999, 5).groups == frozenset()
 
 
+def made_for_tests(folder: Path) -> list[Path]:
+    """The folders above one of pytest's that are pytest's too: those of the run, its worker, its user."""
+    own = [i for i, each in enumerate(folder.parents) if each.name.startswith("pytest-of-")]
+    return list(folder.parents[: own[0] + 1])
+
+
 def test_others_may_read_and_a_refusal_is_logged(tmp_path: Path) -> None:
     """As root with a client of another user; else with the level that the own user has."""
     with serving(tmp_path) as service:
@@ -85,7 +91,7 @@ def test_others_may_read_and_a_refusal_is_logged(tmp_path: Path) -> None:
                 assert client.call("hello")["result"]["level"] == "admin"
             return
         os.chmod(tmp_path, 0o755)
-        for folder in tmp_path.parents[:2]:
+        for folder in made_for_tests(tmp_path):
             os.chmod(folder, 0o755)
         os.chmod(service.socket, 0o666)
         assert _as_nobody(service.socket, "hello")["result"]["level"] == "read"
@@ -113,7 +119,7 @@ def test_supplementary_groups_raise_the_level(tmp_path: Path) -> None:
         return
     levels = LevelSettings(operate_groups=(54321,), others="none")
     with serving(tmp_path, levels=levels) as service:
-        for folder in (tmp_path, *tmp_path.parents[:2]):
+        for folder in (tmp_path, *made_for_tests(tmp_path)):
             os.chmod(folder, 0o755)
         os.chmod(service.socket, 0o666)
         assert _as_nobody(service.socket, "hello", groups=(54321,))["result"]["level"] == "operate"

@@ -278,8 +278,8 @@ def test_after_a_whole_graph_the_layers_come_back_by_the_new_one_alone(
     timed: list[int] = []
     make: Callable[..., None] = StepTrial.__init__
 
-    def counting(self: StepTrial, *args: Any) -> None:
-        make(self, *args)
+    def counting(self: StepTrial, *args: Any, **named: Any) -> None:
+        make(self, *args, **named)
         timed.append(len(self.stretches))
 
     settle_on_the_whole(engine, monkeypatch)
