@@ -19,7 +19,7 @@ from graphopt.analysis.facts import Facts
 from graphopt.engine.assembly import overlays_of
 from graphopt.engine.builder_link import BuilderLink
 from graphopt.engine.findings import Finding, Findings, with_figures, with_keys
-from graphopt.engine.fused_comparison import drop_slower
+from graphopt.engine.fused_comparison import drop_without_gain
 from graphopt.engine.improve import Waiting
 from graphopt.engine.live import LiveModel, MovedOnError
 from graphopt.engine.prospects import Proposal, Prospects
@@ -122,8 +122,8 @@ class Campaign:
         waits = has_runtimes and not recalled and self.findings.chosen is not None
         if not waits:
             yield from self._prepare_fused()
-            yield from self._compare_fused()
         if link is None or not has_runtimes:
+            yield from self._compare_fused()
             return
         if recalled and not hot_shapes(self.model.slot).buckets:
             return
@@ -144,9 +144,9 @@ class Campaign:
         if waits:
             yield from self._prepare_fused()
         self._conclude(facts)
-        yield from self._compare_fused()
+        yield from self._compare_fused()  # what no runtime has taken over
         published = self.model.arrangement_of(facts)
-        if published.overlays:
+        if published.overlays and self.model.requests():  # made-up inputs are others each time
             yield from look_behind(self.model.beginnings(facts, published.plan))
 
     def _prepare_fused(self) -> Waiting:
@@ -155,7 +155,7 @@ class Campaign:
 
     def _compare_fused(self) -> Waiting:
         means = self._means
-        yield from drop_slower(
+        yield from drop_without_gain(
             self.model, self._facts, means.fused, means.others_serve, means.now_s
         )
 

@@ -18,7 +18,7 @@ from graphopt.executor.plan import Step
 GAIN_MIN = 1.01  # of eager's time over theirs; where they are alike, the plainer one runs
 
 
-def drop_slower(
+def drop_without_gain(
     model: LiveModel, facts: Facts, fused: FusedStage, others_serve: OthersServe, now_s: Clock
 ) -> Waiting:
     """Publishes the plan without the `fused` steps that gain nothing.
@@ -32,11 +32,11 @@ def drop_slower(
         if step.tier == "fused":
             kinds.setdefault(kind_of(facts, step.blocks), []).append(step)
     yield from _compare(model, facts, fused, old, kinds, others_serve, now_s)
-    slower = [step for kind, steps in kinds.items() if fused.compared(kind) for step in steps]
-    if slower and model.switch.phase == "idle":
-        for step in slower:
+    gone = [step for kind, steps in kinds.items() if fused.compared(kind) for step in steps]
+    if gone and model.switch.phase == "idle":
+        for step in gone:
             fused.forget(step)
-        model.publish_base(old, facts, _blocks(slower))
+        model.publish_base(old, facts, _blocks(gone))
 
 
 def _compare(
@@ -61,8 +61,10 @@ def _compare(
         result = yield from result_of(
             model, begun, bare, frozenset(), others_serve, now_s, everywhere=True
         )
-        if result is None or result.ratio is None:
+        if result is None:
             return
+        if result.ratio is None:  # it could not be run, which says nothing of its time
+            continue
         if result.ratio >= GAIN_MIN:
             fused.note_compared(kind, "")
             continue

@@ -97,7 +97,7 @@ class Pursuit:
         self.wanted = frozenset(key for _, key in self._keyed)
         self._gathering = Gathering(model.settings.limits(model.name).memory_bytes_max)
         self._verdict: Future[Outcome] | None = None
-        self._is_judged = False  # by the switch, to which it was given
+        self._judged = ""  # id of the plan that the switch was given
         self._has_part_published = False  # regions of this way of running, when it was given
 
     def course(self) -> Waiting:
@@ -132,9 +132,10 @@ class Pursuit:
 
         A publication is noted even where the pursuit has ended since: it happened.
         """
-        if not self._is_judged or outcome.key != self._finding.key:
+        # By plan: the end of a watch may be of the same key, and is told with what came after it
+        if outcome.plan != self._judged:
             return
-        self._is_judged = False
+        self._judged = ""
         finding = judged(self._finding, outcome, runs=self._has_part_published)
         if outcome.decision == "published":
             self._findings.choose(finding)
@@ -275,7 +276,7 @@ class Pursuit:
                 continue
             waited_s += RETRY_S
             yield RETRY_S
-        self._is_judged, self._verdict = True, Future()
+        self._judged, self._verdict = new.plan.id, Future()
         model.attend()
         yield self._verdict
 

@@ -102,9 +102,8 @@ class Switch:
         self._probation_requests = probation_requests
         self._paused: tuple[Hashable, Plan, Plan, Guard] | None = None
         self._said: list[Outcome] = []  # decided in `consider`, told by the next `step`
-        self._switched_revision: int | None = (
-            None  # of the plan that was published last for its speed
-        )
+        # Of the plan that was published last for its speed
+        self._switched_revision: int | None = None
         self._key: Hashable = None
         self._current: Plan | None = (
             None  # what the plan on trial, or under alarm, is compared with

@@ -95,11 +95,10 @@ def verify_step(
     worst, allowed = 0.0, 0.0
     try:
         for i, sample in enumerate(samples):
-            exact: tuple[Any, ...] | None = None
-            # The candidate first: somebody may wait to hear that it runs at all
-            answers = [_run_twice(function, candidate, sample) for function in functions]
             eager = expected[i] if expected is not None else answers_of(reference, [sample])[0]
-            for given in answers:
+            exact: tuple[Any, ...] | None = None
+            for function in functions:
+                given = _run_twice(function, candidate, sample)
                 error, bound = _compare(given, eager, _from_eager)
                 if error > bound:
                     if exact is None and (in_double := judge()) is not None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import graphopt
-from graphopt.delta import AddNode, Delta, Rewire, SetAttr
+from graphopt.delta import AddNode, Delta, PutConstant, Rewire, SetAttr
 from graphopt.engine.better_path import BetterPath
 from graphopt.engine.builder_link import BuilderLink
 from graphopt.engine.engine import Engine
@@ -403,6 +403,26 @@ def test_what_runs_is_known_to_run_while_the_builder_has_no_answer(
     assert len(engine.model.arrangement.overlays) == 6
     assert findings.chosen is not None
     assert findings.chosen.label == LAYERED
+
+
+def test_a_publication_is_not_taken_for_the_end_of_the_watch_before_it(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+):
+    """Both are about regions of the same structures, and told in one breath where nothing came between
+    the deltas: no request, and no look at what nobody tells.
+    """
+    findings = engine.host.better.findings("transformer")
+    monkeypatch.setattr(BetterPath, "_look", lambda self: None)
+    for layer in (1, 4, 2):
+        name = f"layer.{layer}/up.weight"
+        value = engine.graph.constants[name].tensor * 1.5
+        engine.apply(Delta([PutConstant(name, value)]))
+        assert engine.settle(SETTLED_S)
+        assert findings.chosen is not None
+        assert (findings.chosen.state, findings.chosen.revision) == (
+            "chosen",
+            engine.model.revision,
+        )
 
 
 def test_what_is_recalled_takes_the_place_of_what_was_chosen(
