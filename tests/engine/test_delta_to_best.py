@@ -66,12 +66,14 @@ def settle_on_the_whole(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Find
 @pytest.fixture
 def engine(said: Said, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
     """Six layers, each on OpenVINO: as large ones would be, and as if that had won its trial; no
-    other plan is looked at.
+    other plan is looked at. Steps are really timed, but these are too small for the result to be
+    the same each time: the new ones win, where a test says nothing else.
     """
     torch.set_num_threads(1)
     for module in ("campaign", "pursuit"):
         monkeypatch.setattr(f"graphopt.engine.{module}.latency_of", lambda *args: 1.0)
     monkeypatch.setattr(Prospects, "is_open", lambda self, plan: plan["label"] == LAYERED)
+    compare_as(monkeypatch, verdict="better", ratio=0.5, reason="0.5 of the current plan's time")
     settings = graphopt.EngineSettings(
         intra_op=1,
         backends=("openvino",),
@@ -122,7 +124,7 @@ def test_the_touched_layer_alone_is_built_and_compared(engine: Engine, said: Sai
     assert len(after) == len(before)
     first = of(said, "plan.published", 2)[0]
     assert first["cause"] == "known_cost"
-    assert "its new steps take 0." in first["reason"]
+    assert "its new steps take 0.5" in first["reason"]
     (built,) = of(said, "plan.built", 2)
     assert built["block"] in next(iter(set(after) - set(kept)))
     check_answers(engine)
@@ -289,7 +291,7 @@ def test_after_a_whole_graph_the_layers_come_back_by_the_new_one_alone(
     assert engine.settle(SETTLED_S)
     first = of(said, "plan.published", 3)[0]
     assert (first["cause"], first["tiers"]["openvino"]) == ("known_cost", 7)
-    assert "its new steps take 0." in first["reason"]
+    assert "its new steps take 0.5" in first["reason"]
     assert timed[0] == 1
     check_answers(engine)
 
@@ -378,7 +380,8 @@ def test_what_ran_is_known_to_run_when_a_delta_ends_the_campaign_under_way(
         "precedent",
         lambda self, plan: before.append(precedent(self, plan)) or before[-1],
     )
-    assert engine.settle(SETTLED_S)
+    with winning():  # two layers of six are too many for a comparison of their steps to suffice
+        assert engine.settle(SETTLED_S)
     assert left == []
     assert findings.chosen is not None
     assert before[-1] is not None
