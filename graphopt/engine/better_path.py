@@ -271,8 +271,7 @@ class BetterPath:
                 self._wake_after(course, course.calm_s - now_s)
                 return
             course.waits_since_s = now_s
-            restores = not course.is_begun and self.pins.is_inherited(model.name)
-            campaign = Campaign(model, self._means, course.findings, restores=restores)
+            campaign = Campaign(model, self._means, course.findings, resumes=not course.is_begun)
             course.campaign, course.is_begun = campaign, True
             course.shapes = hot_shapes(model.slot)
         keep_thread_count(model.share.each)  # what it runs here, it runs as requests do
@@ -336,7 +335,7 @@ class BetterPath:
             label = outcome.key[0] if isinstance(outcome.key, tuple) else ""
             found = course.findings.get(label)
             family = found.family if found is not None else label
-            self.supply.forget(model.name, model.graph.hash, family or label)
+            self.supply.forget(model.name, label, family or label)
         if course.campaign is not None:
             course.campaign.take(outcome)
 

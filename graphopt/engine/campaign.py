@@ -24,6 +24,7 @@ from graphopt.engine.improve import Waiting
 from graphopt.engine.live import LiveModel, MovedOnError
 from graphopt.engine.prospects import Proposal, Prospects
 from graphopt.engine.pursuit import Means, Pursuit
+from graphopt.engine.supply import Recalled
 from graphopt.engine.traffic import hot_shapes, latency_of
 from graphopt.engine.warming import look_behind, warm
 from graphopt.errors import BuilderError
@@ -35,13 +36,15 @@ class Campaign:
     """One revision's campaign. `step` is called on the background thread until `is_over`."""
 
     def __init__(
-        self, model: LiveModel, means: Means, findings: Findings, *, restores: bool = False
+        self, model: LiveModel, means: Means, findings: Findings, *, resumes: bool = False
     ) -> None:
-        """`restores`: a pin from before this process holds the model, and its plan may come back."""
+        """`resumes`: it is the model's first in this process, and what ran in the last one may come
+        back.
+        """
         self.model = model
         self.findings = findings
         self.is_over = False
-        self._restores = restores
+        self._resumes = resumes
         self._means = means
         self.revision, self._facts = model.at_hand()
         self.restless = model.churn.restless()
@@ -115,17 +118,19 @@ class Campaign:
         link, facts, prospects = self._means.link, self._facts, self._prospects
         has_runtimes = link is not None and bool(self._means.supply.versions())
         # First, because it needs no builder: a restart is back on its plan before that has started
-        recalled = False
+        recalled = None
         if has_runtimes and not self.model.arrangement_of(facts).overlays:
             recalled = self._recall(facts)
         # After a delta what is at hand but for a layer or two is there before the `fused` steps were
-        waits = has_runtimes and not recalled and self.findings.chosen is not None
+        waits = has_runtimes and recalled is None and self.findings.chosen is not None
         if not waits:
             yield from self._prepare_fused()
         if link is None or not has_runtimes:
             yield from self._compare_fused()
             return
-        if recalled and not hot_shapes(self.model.slot).buckets:
+        # What is missing of a plan is made for the shapes of requests, where shapes differ
+        suffices = recalled is not None and (recalled.is_whole or bool(facts.graph.symbols))
+        if suffices and not hot_shapes(self.model.slot).buckets:
             return
         plans = yield from self._propose(link)
         is_blind = bool(facts.graph.symbols) and not self.model.requests()
@@ -187,34 +192,38 @@ class Campaign:
         fields = {"job": f"{job} {self.model.name}", "message": message}
         self.model.settings.events("builder.failed", fields)
 
-    def _recall(self, facts: Facts) -> bool:
-        """Publishes what was chosen for this very graph before, if its artifacts are at hand.
+    def _recall(self, facts: Facts) -> Recalled | None:
+        """Publishes what was chosen for this very graph before, if its artifacts are at hand; in a new
+        process what still fits of the last choice, too. None when there is nothing to publish.
 
         Under watch, as any plan whose cost is known.
         """
-        chosen = self._means.supply.recall(self.model.name, facts, self._limits)
-        if chosen is None:
-            return False
-        label, keyed = chosen
+        recalled = self._means.supply.recall(
+            self.model.name, facts, self._limits, resumes=self._resumes
+        )
+        if recalled is None:
+            return None
+        keyed = recalled.keyed
         if any(not self.restless.isdisjoint(piece.blocks) for piece, _ in keyed):
-            return False  # the next edit would drop it
+            return None  # the next edit would drop it
         overlays = overlays_of(facts, keyed, self._means.supply.loaded)
         if not overlays or not all(self._may_prepare(piece.backend) for piece, _ in keyed):
-            return False
+            return None
         old = self.model.arrangement_of(facts)
         new = Arrangement.of(old.base, overlays)
-        finding = Finding(label, "chosen", "chosen before for this graph", self.revision)
+        reason = "chosen before for this graph"
+        if not recalled.is_whole:
+            reason = "chosen before the last delta, and left alone by it"
+        finding = Finding(recalled.label, "chosen", reason, self.revision)
         finding = with_keys(finding, facts, keyed)
         if warm(new.plan, self.model.beginnings(facts, old.plan))[1]:
-            return False
+            return None
         self.model.introduce(new)
-        if self.model.switch.consider(
-            new.plan, finding.key, expected=old.plan, known=finding.reason
-        ):
-            return False
+        if self.model.switch.consider(new.plan, finding.key, expected=old.plan, known=reason):
+            return None
         self.model.attend()  # to have it told
-        self.findings.choose(with_figures(finding, self.findings.get(label)))
-        return True
+        self.findings.choose(with_figures(finding, self.findings.get(recalled.label)))
+        return recalled
 
     def _pursue(self, plan: Proposal) -> Waiting:
         pursuit = self._pursuit = Pursuit(
@@ -228,7 +237,11 @@ class Campaign:
         A restart loses the plan that a pin holds; what was chosen last for this graph is that plan.
         """
         pin = self._means.pins.get(self.model.name)
-        return pin is None or pin.allows(tier) or (self._restores and pin.tiers is None)
+        if pin is None or pin.allows(tier):
+            return True
+        return (
+            self._resumes and self._means.pins.is_inherited(self.model.name) and pin.tiers is None
+        )
 
     def _conclude(self, facts: Facts) -> None:
         """Everything proposed was looked at: what runs is remembered, and what lies under it goes."""
@@ -236,5 +249,5 @@ class Campaign:
         published = self.model.arrangement_of(facts)
         self._means.costs.measure(self.model, facts, published)
         if chosen is not None and published.overlays:
-            self._means.supply.remember(self.model.name, facts, chosen.label, published)
+            self._means.supply.remember(self.model.name, facts, chosen.label, published.runs())
             self.model.lighten(facts)

@@ -18,7 +18,7 @@ from typing import Any
 
 from graphopt.engine.artifact_entry import write_whole
 from graphopt.errors import GraphoptError
-from graphopt.executor.arrangement import ArtifactKey
+from graphopt.executor.arrangement import ArtifactKey, Runs
 from graphopt.safe_file import parse_json_object, read_bounded
 
 SCHEMA = 1
@@ -57,13 +57,10 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class KnownPlan:
-    """What ran for a graph: a label for people, and the artifact of each run of blocks, in order.
-
-    A run has several entries when it has artifacts for single shapes.
-    """
+    """What ran for a graph, with a label for people."""
 
     label: str
-    steps: tuple[tuple[tuple[str, ...], ArtifactKey], ...]
+    steps: Runs
 
 
 class Measured:
@@ -141,9 +138,16 @@ class Measured:
                 return graphs[graph_hash]
         return None
 
-    def forget(self, model: str, graph_hash: str) -> None:
-        """A plan that was taken back, or whose artifacts are gone."""
-        if self._plans.get(model, OrderedDict()).pop(graph_hash, None) is not None:
+    def latest(self, model: str) -> KnownPlan | None:
+        """What ran last under this name, whichever its graph was."""
+        graphs = self._plans.get(model)
+        return graphs[next(reversed(graphs))] if graphs else None
+
+    def forget(self, model: str, label: str) -> None:
+        """A way of running a model was taken back: no graph of it is started on that."""
+        graphs = self._plans.get(model, OrderedDict())
+        for graph_hash in [each for each, plan in graphs.items() if plan.label == label]:
+            del graphs[graph_hash]
             self._is_changed = True
 
     def wanted(self) -> frozenset[ArtifactKey]:

@@ -35,7 +35,7 @@ from graphopt.engine.step_comparison import compare_steps
 from graphopt.engine.supply import Supply
 from graphopt.engine.traffic import latency_of
 from graphopt.engine.warming import look_ahead, warm
-from graphopt.executor.arrangement import Arrangement, ArtifactKey
+from graphopt.executor.arrangement import Arrangement, ArtifactKey, Runs
 from graphopt.executor.beginnings import Beginnings
 from graphopt.executor.step_trial import TierAndKey
 from graphopt.executor.switch import Outcome
@@ -97,7 +97,7 @@ class Pursuit:
         self.wanted = frozenset(key for _, key in self._keyed)
         self._gathering = Gathering(model.settings.limits(model.name).memory_bytes_max)
         self._verdict: Future[Outcome] | None = None
-        self._judged = ""  # id of the plan that the switch was given
+        self._judged: tuple[str, Runs] = ("", ())  # the plan that the switch was given: id, runs
         self._has_part_published = False  # regions of this way of running, when it was given
 
     def course(self) -> Waiting:
@@ -133,14 +133,18 @@ class Pursuit:
         A publication is noted even where the pursuit has ended since: it happened.
         """
         # By plan: the end of a watch may be of the same key, and is told with what came after it
-        if outcome.plan != self._judged:
+        plan_id, runs = self._judged
+        if outcome.plan != plan_id:
             return
-        self._judged = ""
+        self._judged = ("", ())
         finding = judged(self._finding, outcome, runs=self._has_part_published)
         if outcome.decision == "published":
             self._findings.choose(finding)
             # By a trial, or step by step: what was not proven is among the steps that were compared
-            self._means.supply.prove(finding.family, finding.kinds)
+            supply = self._means.supply
+            supply.prove(finding.family, finding.kinds)
+            # Now, and not when all proposals were looked at: the process may end before
+            supply.remember(self._model.name, self._facts, finding.label, runs)
         elif self._verdict is not None:
             self._findings.note(finding)
         if self._verdict is not None:
@@ -276,7 +280,8 @@ class Pursuit:
                 continue
             waited_s += RETRY_S
             yield RETRY_S
-        self._judged, self._verdict = new.plan.id, Future()
+        # Not the plan itself: nobody else may keep it
+        self._judged, self._verdict = (new.plan.id, new.runs()), Future()
         model.attend()
         yield self._verdict
 

@@ -11,6 +11,7 @@ import shutil
 from collections import deque
 from collections.abc import Set
 from pathlib import Path
+from typing import NamedTuple
 
 from graphopt.analysis.facts import Facts
 from graphopt.builder.records import Answer
@@ -25,12 +26,20 @@ from graphopt.engine.measured import Cost, CostKey, KnownPlan, Measured
 from graphopt.engine.records import EngineSettings, ModelLimits
 from graphopt.engine.shelf import Candidate, Shelf
 from graphopt.errors import GraphoptError
-from graphopt.executor.arrangement import Arrangement, ArtifactKey
+from graphopt.executor.arrangement import ArtifactKey, Runs, is_adjacent
 from graphopt.executor.backend import BackendMissingError, BuildError, backends, options_of
 from graphopt.executor.runs import run_region
 
 # Of loaded artifacts that no plan with a role runs: they lie on disk, 50 ms away, so hardly any.
 UNUSED_BYTES_MAX = 16 << 20
+
+
+class Recalled(NamedTuple):
+    """What ran before, loaded. `is_whole`: for this very graph; else what of it still fits."""
+
+    label: str
+    keyed: Keyed
+    is_whole: bool
 
 
 class Supply:
@@ -129,19 +138,30 @@ class Supply:
         return ""
 
     def store(self) -> None:
-        """Keeps on disk what was taken since the last call; what does not fit is told, and runs."""
+        """Keeps on disk what was taken and remembered since the last call; an artifact that does not
+        fit is told, and runs.
+        """
         while self._unstored:
             key, folder, verified = self._unstored.popleft()
             try:
                 self._cache.put(key, folder, verified)
             except GraphoptError as error:
                 self._dropped(name_of(key), str(error))
+        self._measured.save()
 
-    def recall(self, model: str, facts: Facts, limits: ModelLimits) -> tuple[str, Keyed] | None:
+    def recall(
+        self, model: str, facts: Facts, limits: ModelLimits, *, resumes: bool
+    ) -> Recalled | None:
         """What ran for this very graph, loaded; None when it is not known, not at hand, or made for
         other limits.
+
+        `resumes`: this process has not run the model yet. Where nothing is known of the graph, it is
+        what ran last but for what no longer fits: a delta changed it in the moment before the end.
         """
         known = self._measured.recall(model, facts.graph.hash)
+        is_whole = known is not None
+        if known is None and resumes:
+            known = self._measured.latest(model)
         if known is None:
             return None
         keyed: Keyed = []
@@ -149,32 +169,30 @@ class Supply:
         for blocks, key in known.steps:
             piece = Piece(blocks, key[2], options_of(json.loads(key[4])))
             is_there = self.versions().get(piece.backend) == key[3]
-            if not is_there or any(block not in facts.regions for block in blocks):
+            if not is_there or not _is_built_for(limits, piece):
                 return None
-            if not _is_built_for(limits, piece):
-                return None
-            if artifact_key(facts, piece, key[3]) != key or not self.fetch(facts, piece, key):
+            if not _is_of(facts, piece, key):
+                if is_whole:
+                    return None
+                continue
+            if not self.fetch(facts, piece, key):
                 return None
             keyed.append((piece, key))
             held[key] = self.held_bytes(key)
             if limits.memory_bytes_max is not None and sum(held.values()) > limits.memory_bytes_max:
                 return None
-        return known.label, keyed
+        return Recalled(known.label, keyed, is_whole)
 
-    def remember(self, model: str, facts: Facts, label: str, arrangement: Arrangement) -> None:
-        """Notes what runs for this graph, for `recall` in this or a later process."""
-        steps = tuple(
-            (overlay.step.blocks, key)
-            for overlay in arrangement.overlays
-            for key in overlay.artifacts
-        )
-        self._measured.remember(model, facts.graph.hash, KnownPlan(label, steps))
-        self._measured.save()
+    def remember(self, model: str, facts: Facts, label: str, runs: Runs) -> None:
+        """Notes what runs for this graph, for `recall` in this process and, once `store` has written
+        it, in a later one.
+        """
+        self._measured.remember(model, facts.graph.hash, KnownPlan(label, runs))
 
-    def forget(self, model: str, graph_hash: str, label: str) -> None:
-        """What ran for a graph was taken back."""
-        self._measured.forget(model, graph_hash)
-        self._measured.disprove(label)
+    def forget(self, model: str, label: str, family: str) -> None:
+        """A way of running a model was taken back, and with it what is known of its family."""
+        self._measured.forget(model, label)
+        self._measured.disprove(family)
         self._measured.save()
 
     def proven(self, label: str) -> frozenset[str]:
@@ -190,7 +208,7 @@ class Supply:
         return self._measured.cost(key)
 
     def note_cost(self, key: CostKey, median_s: float, runs: int) -> None:
-        """Keeps a measured cost; `close` and `remember` write it."""
+        """Keeps a measured cost; `close` and `store` write it."""
         self._measured.note_cost(key, median_s, runs)
 
     def held_bytes(self, key: ArtifactKey) -> int:
@@ -247,6 +265,13 @@ def _loaded(facts: Facts, piece: Piece, folder: Path) -> Candidate:
     except Exception as error:  # of a runtime, whose own errors a backend may not know all of
         raise BuildError(f"{type(error).__name__}: {error}", where=piece.about) from error
     return Candidate(piece.backend, loaded.function, (), loaded.resident_bytes)
+
+
+def _is_of(facts: Facts, piece: Piece, key: ArtifactKey) -> bool:
+    """Whether the artifact computes what the blocks of the piece compute in this graph, as one run."""
+    if any(block not in facts.regions for block in piece.blocks):
+        return False
+    return is_adjacent(facts, piece.blocks) and artifact_key(facts, piece, key[3]) == key
 
 
 def _is_built_for(limits: ModelLimits, piece: Piece) -> bool:

@@ -18,6 +18,8 @@ from graphopt.executor.plan import Plan, Step
 from graphopt.executor.runs import run_region
 
 ArtifactKey = tuple[str, ...]
+Runs = tuple[tuple[tuple[str, ...], ArtifactKey], ...]
+"""The artifact of each run of blocks, in order; a run has several where it has some for single shapes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,10 @@ class Arrangement:
         base, replanned = replan(self.base, update, revision, make)
         kept = (standing(overlay, update) for overlay in self.overlays)
         return Arrangement.of(base, [overlay for overlay in kept if overlay]), replanned
+
+    def runs(self) -> Runs:
+        """What runs on artifacts, to be put together again later."""
+        return tuple([(o.step.blocks, key) for o in self.overlays for key in o.artifacts])
 
     def covered(self) -> frozenset[str]:
         """The blocks that run on overlays."""

@@ -331,7 +331,7 @@ def test_measurements_and_plans_are_there_after_a_restart(tmp_path: Path) -> Non
     assert again.wanted() == {key_of("x"), key_of("y")}
     assert again.proven("openvino layers") == {"s1", "s2"}
     again.disprove("openvino layers")
-    again.forget("bert", "hash")
+    again.forget("bert", "openvino layers")
     assert (again.proven("openvino layers"), again.wanted()) == (frozenset(), frozenset())
 
 
@@ -362,6 +362,21 @@ def test_only_the_youngest_graphs_of_a_model_are_remembered(tmp_path: Path) -> N
         record.remember("bert", f"graph {i}", PLAN)
     assert record.recall("bert", "graph 1") is None
     assert record.recall("bert", f"graph {GRAPHS_MAX + 1}") == PLAN
+
+
+def test_the_latest_plan_of_a_model_is_known_whatever_its_graph(tmp_path: Path) -> None:
+    record = measured(tmp_path)
+    other = KnownPlan("openvino whole", PLAN.steps)
+    assert record.latest("bert") is None
+    record.remember("bert", "graph 1", other)
+    record.remember("bert", "graph 2", PLAN)
+    record.remember("other", "graph 3", other)
+    assert record.latest("bert") == PLAN
+    record.forget("bert", PLAN.label)
+    assert record.latest("bert") == other
+    record.forget("bert", other.label)
+    assert record.latest("bert") is None
+    assert record.recall("bert", "graph 3") == other
 
 
 def test_a_cost_that_is_no_time_is_refused(tmp_path: Path) -> None:

@@ -2,15 +2,11 @@
 and is compared by itself: no trial could tell one layer from many.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import torch
 
-import graphopt
 from graphopt.delta import AddNode, Delta, PutConstant, Rewire, SetAttr
 from graphopt.engine.better_path import BetterPath
 from graphopt.engine.builder_link import BuilderLink
@@ -22,33 +18,27 @@ from graphopt.engine.prospects import Prospects
 from graphopt.engine.supply import Supply
 from graphopt.executor.guard import Hysteresis
 from graphopt.executor.step_trial import StepTrial
-from graphopt.executor.switch import Outcome, Switch
-from graphopt.executor.trial import TrialResult
+from graphopt.executor.switch import Outcome
 from graphopt.graph import Ref
-from helpers.graphs import transformer
-
-SETTLED_S = 120.0  # of a broken test; a good one takes seconds
-LAYERED, WHOLE = "openvino layers", "openvino whole"
-REQUEST = {
-    "input_ids": torch.arange(12).reshape(1, 12) % 16,
-    "attention_mask": torch.ones(1, 12, dtype=torch.int64),
-}
-
-Said = list[tuple[str, Mapping[str, Any]]]
+from helpers.layered import (
+    LAYERED,
+    SETTLED_S,
+    WHOLE,
+    Said,
+    check_answers,
+    compare_as,
+    edit,
+    of,
+    only_layers,
+    open_engine,
+    settle_on_layers,
+    winning,
+)
 
 
 @pytest.fixture
 def said() -> Said:
     return []
-
-
-@contextmanager
-def winning() -> Iterator[None]:
-    """Every plan that is put together is published, as if it had won its trial."""
-    consider: Callable[..., str] = Switch.consider
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Switch, "consider", lambda *a, **k: consider(*a, **{**k, "known": "forced"}))
-        yield
 
 
 def settle_on_the_whole(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Findings:
@@ -65,51 +55,12 @@ def settle_on_the_whole(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Find
 
 @pytest.fixture
 def engine(said: Said, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
-    """Six layers, each on OpenVINO: as large ones would be, and as if that had won its trial; no
-    other plan is looked at. Steps are really timed, but these are too small for the result to be
-    the same each time: the new ones win, where a test says nothing else.
-    """
-    torch.set_num_threads(1)
-    for module in ("campaign", "pursuit"):
-        monkeypatch.setattr(f"graphopt.engine.{module}.latency_of", lambda *args: 1.0)
-    monkeypatch.setattr(Prospects, "is_open", lambda self, plan: plan["label"] == LAYERED)
-    compare_as(monkeypatch, verdict="better", ratio=0.5, reason="0.5 of the current plan's time")
-    settings = graphopt.EngineSettings(
-        intra_op=1,
-        backends=("openvino",),
-        events=lambda name, fields: said.append((name, dict(fields))),
-    )
-    with ExitStack() as stack:
-        forced = stack.enter_context(ExitStack())
-        forced.enter_context(winning())
-        engine = stack.enter_context(graphopt.Engine(transformer(6), settings))
-        for _ in range(20):
-            engine.run(REQUEST)
-        assert engine.settle(SETTLED_S)
-        forced.close()
-        (found,) = engine.host.better.findings("transformer")
-        assert (found.label, found.state) == (LAYERED, "chosen")
-        engine.host.better.supply.prove(LAYERED, found.kinds)
+    """Six layers, each on OpenVINO: as large ones would be, and as if that had won its trial."""
+    only_layers(monkeypatch)
+    with open_engine(said) as engine:
+        settle_on_layers(engine)
         said.clear()
         yield engine
-
-
-def edit(engine: Engine, layer: int, factor: float = 1.25) -> None:
-    """One more node in the middle of a layer."""
-    value = f"layer.{layer}/gelu"
-    readers = tuple(engine.model.graph.users[value])
-    scaled = AddNode(f"scaled.{layer}", "aten.mul.Tensor", (Ref(value), factor))
-    engine.apply(Delta([scaled, Rewire(Ref(value), Ref(scaled.id), readers)]))
-
-
-def of(said: Said, name: str, revision: int) -> list[Mapping[str, Any]]:
-    return [f for event, f in said if event == name and f.get("revision") == revision]
-
-
-def check_answers(engine: Engine) -> None:
-    with graphopt.Engine(engine.model.graph, graphopt.EngineSettings(improve=False)) as reference:
-        expected = reference.run(REQUEST).outputs
-    torch.testing.assert_close(engine.run(REQUEST).outputs, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_touched_layer_alone_is_built_and_compared(engine: Engine, said: Said):
@@ -136,22 +87,6 @@ def test_the_runtime_comes_before_the_fused_steps(engine: Engine, said: Said):
     tiers = [f["tier"] for f in of(said, "plan.verified", 2)]
     assert tiers[0] == "openvino"
     check_answers(engine)
-
-
-def compare_as(monkeypatch: pytest.MonkeyPatch, **found: Any) -> list[TrialResult]:
-    """Has every comparison of steps end so, when it ends; returns what they found themselves."""
-    run = StepTrial.run
-    really: list[TrialResult] = []
-
-    def changed(self: StepTrial, budget_s: float) -> TrialResult | None:
-        result = run(self, budget_s)
-        if result is None:
-            return None
-        really.append(result)
-        return replace(result, buckets=(), **found)
-
-    monkeypatch.setattr(StepTrial, "run", changed)
-    return really
 
 
 def test_steps_that_take_as_long_complete_the_plan(

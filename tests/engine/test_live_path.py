@@ -264,6 +264,7 @@ def test_dry_run_tells_what_apply_does_and_does_nothing(engine: graphopt.Engine)
     delta = graphopt.Delta(
         [graphopt.PutConstant(weight, engine.graph.constants[weight].tensor + 1)]
     )
+    assert engine.settle()  # the background publishes plans too
     plan = engine.model.slot.plan
     told = engine.dry_run(delta)
     assert engine.model.slot.plan is plan
