@@ -15,6 +15,8 @@ from graphopt.errors import DocumentError
 from graphoptd.data import DataServer, DataSettings
 from graphoptd.data.sockets import ListenError
 
+pytestmark = pytest.mark.usefixtures("begins")
+
 
 class UnixConnection(http.client.HTTPConnection):
     def __init__(self, path: str) -> None:

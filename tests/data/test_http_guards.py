@@ -11,6 +11,7 @@ from data_serving import Gate, Running, directory, identity, json_request, read_
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+pytestmark = pytest.mark.usefixtures("begins")
 SHORT_S = 0.2
 INFER = b"/v2/models/identity/infer"
 

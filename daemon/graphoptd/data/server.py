@@ -21,8 +21,9 @@ from uvicorn.config import Config
 from uvicorn.server import ServerState
 
 from graphoptd.data.app import DataPlane
+from graphoptd.data.connections import Guard, UnderWay
 from graphoptd.data.failures import Failure
-from graphoptd.data.http import Guard, GuardedProtocol
+from graphoptd.data.http import GuardedProtocol
 from graphoptd.data.served import Directory
 from graphoptd.data.settings import DataSettings
 from graphoptd.data.sockets import ListenError, open_tcp, open_unix, unlink_own
@@ -83,8 +84,9 @@ class DataServer:
             ListenError: an address cannot be had; nothing is left open then.
         """
         loop = asyncio.get_running_loop()
-        self._plane = DataPlane(self._directory, self.settings, _version(), loop, self._state.tasks)
-        self._guard = Guard(self.settings, loop)
+        under_way = UnderWay(self._state.tasks)
+        self._plane = DataPlane(self._directory, self.settings, _version(), loop, under_way)
+        self._guard = Guard(self.settings, loop, under_way)
         config = Config(
             self._plane,
             http=GuardedProtocol,
