@@ -144,9 +144,11 @@ class Measured:
         return graphs[next(reversed(graphs))] if graphs else None
 
     def forget(self, model: str, label: str) -> None:
-        """A way of running a model was taken back: no graph of it is started on that."""
+        """A way of running a model was taken back: no graph of it is started on that. An empty label:
+        it is not known which way it was, so on none.
+        """
         graphs = self._plans.get(model, OrderedDict())
-        for graph_hash in [each for each, plan in graphs.items() if plan.label == label]:
+        for graph_hash in [each for each, plan in graphs.items() if label in ("", plan.label)]:
             del graphs[graph_hash]
             self._is_changed = True
 

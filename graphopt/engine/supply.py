@@ -171,12 +171,10 @@ class Supply:
             is_there = self.versions().get(piece.backend) == key[3]
             if not is_there or not _is_built_for(limits, piece):
                 return None
-            if not _is_of(facts, piece, key):
+            if not _is_of(facts, piece, key) or not self.fetch(facts, piece, key):
                 if is_whole:
                     return None
                 continue
-            if not self.fetch(facts, piece, key):
-                return None
             keyed.append((piece, key))
             held[key] = self.held_bytes(key)
             if limits.memory_bytes_max is not None and sum(held.values()) > limits.memory_bytes_max:
@@ -190,7 +188,9 @@ class Supply:
         self._measured.remember(model, facts.graph.hash, KnownPlan(label, runs))
 
     def forget(self, model: str, label: str, family: str) -> None:
-        """A way of running a model was taken back, and with it what is known of its family."""
+        """A way of running a model was taken back (see `Measured.forget`), and with it what is known of
+        its family.
+        """
         self._measured.forget(model, label)
         self._measured.disprove(family)
         self._measured.save()

@@ -377,6 +377,8 @@ def test_the_latest_plan_of_a_model_is_known_whatever_its_graph(tmp_path: Path) 
     record.forget("bert", other.label)
     assert record.latest("bert") is None
     assert record.recall("bert", "graph 3") == other
+    record.forget("other", "")  # nobody knows which way it was
+    assert record.latest("other") is None
 
 
 def test_a_cost_that_is_no_time_is_refused(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from graphopt.engine.better_path import BetterPath
 from graphopt.engine.campaign import Campaign
 from graphopt.engine.engine import Engine
 from graphopt.engine.supply import Supply
+from graphopt.executor.switch import Outcome
 from helpers.layered import (
     LAYERED,
     SETTLED_S,
@@ -94,13 +95,17 @@ def test_what_the_last_delta_left_alone_runs_at_once(
     check_answers(again)
 
 
-def test_what_was_taken_back_is_not_what_comes_up(engine: Engine, said: Said, killed: Killed):
+@pytest.mark.parametrize("key", [(LAYERED, frozenset()), None], ids=["its way", "nobody knows"])
+def test_what_was_taken_back_is_not_what_comes_up(
+    engine: Engine, said: Said, killed: Killed, key: object
+):
     """Also not for the graph before: it was the same way of running."""
-    supply = engine.host.better.supply
+    better = engine.host.better
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(BetterPath, "follow", lambda *args: None)
         engine.apply(NEW)
-    supply.forget("transformer", LAYERED, LAYERED)
+    taken_back = Outcome("rolled_back", "fault", "a plan", "another", key, "it failed")
+    better._tell(better._courses["transformer"], taken_back)
     again = killed()
     assert again.settle(SETTLED_S)
     assert not any("chosen before" in f.get("reason", "") for f in of(said, "plan.published", 2))

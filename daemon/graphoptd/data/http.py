@@ -15,8 +15,7 @@ was read: a task for it would cost a tenth of what it takes. Where requests come
 connections each has its task, so that they meet in a queue and may run as one.
 
 This subclass relies on uvicorn internals (`cycle` and its fields, `flow`, `pipeline`, `parser`,
-`_start_asgi_task`);
-`tests/data/test_http_guards.py` covers each.
+`_start_asgi_task`); `tests/data/test_http_guards.py` and `test_request_beginnings.py` cover each.
 """
 
 import asyncio
@@ -229,6 +228,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._starts = (cycle, app)
 
     def _start_what_was_read(self) -> None:
+        """Begins the request whose headers are there: here, or in a task (see the module docstring)."""
         assert self._starts is not None
         (cycle, app), self._starts = self._starts, None
         guard = self.guard
@@ -378,6 +378,7 @@ async def _go_on(course: Coroutine[Any, None, None], waits_for: Any) -> None:
 
 @types.coroutine
 def _resumed(course: Coroutine[Any, None, None], waits_for: Any) -> Generator[Any, Any, None]:
+    """`yield from course`, but for what it has yielded already; a cancellation reaches it there too."""
     while True:
         try:
             yield waits_for
